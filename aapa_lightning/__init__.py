@@ -1,0 +1,1 @@
+"""AAPA Lightning: adversarially anchored preference alignment for Lightning."""

@@ -1,0 +1,21 @@
+"""Errors that a user can mend.
+
+The command line prints them without a traceback and exits with code 2. A message says what was expected, what was found, where, and how
+to mend it.
+"""
+
+
+class AapaError(Exception):
+    """Base of every error caused by the user's input."""
+
+
+class DataError(AapaError):
+    """A record, a response file or a dataset is not what it should be. The message names the file and the line."""
+
+
+class ConfigError(AapaError):
+    """Options that are illegal, contradict each other or do not divide."""
+
+
+class MissingDependencyError(AapaError):
+    """An optional package is not installed. The message names the extra that brings it."""

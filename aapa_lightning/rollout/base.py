@@ -1,0 +1,50 @@
+"""The rollout engine protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from aapa_lightning.types import Record, Rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How responses are drawn.
+
+    Args:
+        max_new_tokens: response length limit in tokens, EOS included.
+        temperature: logits are divided by it; 0 is greedy.
+        top_p: keep the smallest set of tokens whose mass reaches it; below 1 the trainer's ratio is biased, a warning says so.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        stop: stop strings; a response that ends in one is not truncated.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One prompt of a window: its tokens, its record, its slot in the window (the group id) and how many responses to draw."""
+
+    prompt_ids: Sequence[int]
+    record: Record
+    slot: int
+    samples: int
+
+
+class RolloutEngine(Protocol):
+    """Draws responses from the policy."""
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
+        """Draw ``samples`` responses for each request, rows in request order, samples of a request adjacent.
+
+        The noise of a token depends on (seed, window, slot, sample, position) alone, so what is drawn does not depend on how requests are
+        batched or spread over ranks.
+        """
+        ...

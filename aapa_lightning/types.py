@@ -1,0 +1,192 @@
+"""The data that flows between the rooms: plain dataclasses, no behaviour beyond slicing.
+
+Sizes used throughout: ``N`` responses, ``P`` padded prompt length, ``L`` padded response length, ``S`` sentences (all responses together).
+Log-probabilities are natural logarithms (nats) in float32. Masks are boolean, final, and never derived again from token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A verifiable instruction: an identifier such as ``length_constraints:number_words`` and its arguments."""
+
+    id: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One validated row of a dataset.
+
+    Args:
+        prompt: plain text, or the chat turns before the response.
+        experts: expert responses to the prompt; may be empty where nothing needs one.
+        instructions: verifiable instructions that a response should follow.
+        chosen: preferred response of a pair, with ``rejected``.
+        rejected: the other response of the pair.
+        key: identifier given by the dataset (IFEval's ``key``), used to join response files.
+        extra: every other column, passed to reward functions.
+        source: ``file:line`` (or ``dataset:row``) for error messages.
+    """
+
+    prompt: str | tuple[Message, ...]
+    experts: tuple[str, ...] = ()
+    instructions: tuple[Instruction, ...] = ()
+    chosen: str | None = None
+    rejected: str | None = None
+    key: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "<memory>"
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """An expert response to imitate, tokenised.
+
+    Args:
+        input_ids: prompt and response tokens, in order, no padding.
+        response_mask: same length; true on the tokens to learn (response tokens and the EOS that ends them).
+        record: where it came from.
+    """
+
+    input_ids: list[int]
+    response_mask: list[bool]
+    record: Record
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Sampled responses of whole groups.
+
+    Args:
+        prompt_ids: int64 ``[N, P]``, padded on the left.
+        prompt_mask: bool ``[N, P]``.
+        response_ids: int64 ``[N, L]``, padded on the right.
+        response_mask: bool ``[N, L]``; the EOS that ended a response is a response token.
+        truncated: bool ``[N]``, stopped by the length limit rather than by an EOS or a stop string.
+        group_ids: int64 ``[N]``, the prompt slot; responses with equal ids form a group, whatever their order.
+        engine_logprobs: float32 ``[N, L]`` nats, as the engine sampled them (temperature applied, top-p and top-k not), 0 on padding.
+        texts: decoded responses without special tokens, ``N`` strings.
+        records: the record of each row, ``N``.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    truncated: Tensor
+    group_ids: Tensor
+    engine_logprobs: Tensor
+    texts: list[str]
+    records: list[Record]
+
+    def __len__(self) -> int:
+        return self.response_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response lengths in tokens, int64 ``[N]``."""
+        return self.response_mask.sum(-1)
+
+
+@dataclass(slots=True)
+class SentenceSpans:
+    """Where the sentences of ``N`` responses lie. Sentences are numbered ``0..S-1`` in order of response, then position.
+
+    Args:
+        response_index: int64 ``[S]``, the response that a sentence belongs to; non-decreasing, every response at least once.
+        token_counts: int64 ``[S]``, tokens of the sentence; 0 only for the one empty sentence of an empty response.
+        token_sentence: int64 ``[N, L]``, sentence of each response token; -1 on padding.
+        char_spans: one list per response of ``(start, end)`` character offsets into its text, in order, without gaps.
+    """
+
+    response_index: Tensor
+    token_counts: Tensor
+    token_sentence: Tensor
+    char_spans: list[list[tuple[int, int]]]
+
+
+@dataclass(slots=True)
+class AnchorSignal:
+    """What the anchor says about a set of rollouts.
+
+    Args:
+        logits: float32 ``[S]``, log-odds that the expert wrote the sentence.
+        scores: float32 ``[N]``, pooled score ``u`` of each response.
+        advantages: float32 ``[N, L]``, centred and scaled, broadcast to tokens, 0 on padding. Not multiplied by lambda.
+        spans: the sentences that were scored.
+        metrics: scalars to log, float.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    advantages: Tensor
+    spans: SentenceSpans
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class TokenLossInputs:
+    """Inputs of a token-level policy objective; every log-prob is taken at softmax(logits / temperature).
+
+    Args:
+        logprobs: float32 ``[N, L]``, the policy being trained (carries the gradient).
+        old_logprobs: float32 ``[N, L]``, the policy that defines the ratio's denominator (detached).
+        response_mask: bool ``[N, L]``, final.
+        advantages: float32 ``[N, L]`` (detached).
+        ref_logprobs: float32 ``[N, L]``, the frozen reference policy, or None without a KL term.
+        entropy: float32 ``[N, L]`` nats, of the policy's next-token distribution, or None.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    response_mask: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LossOutputs:
+    """What an objective returns: it neither reduces nor logs.
+
+    Args:
+        losses: float32 ``[N, L]`` per-token losses in nats; 0 on masked positions.
+        metrics: per-token values ``[N, L]`` (detached) that the caller averages over the mask and logs under these names.
+    """
+
+    losses: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+#: Sums a tensor over all ranks, elementwise, and returns the result; the identity in a single process.
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+def identity_sum(value: Tensor) -> Tensor:
+    """The ``SumOverRanks`` of a single process."""
+    return value
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Stack token rows into an int64 tensor ``[len(rows), longest]``, padded on the right (at least one column)."""
+    width = max((len(row) for row in rows), default=0) or 1
+    out = torch.full((len(rows), width), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out
