@@ -81,6 +81,7 @@ class Rollouts:
         truncated: bool ``[N]``, stopped by the length limit rather than by an EOS or a stop string.
         group_ids: int64 ``[N]``, the prompt slot; responses with equal ids form a group, whatever their order.
         engine_logprobs: float32 ``[N, L]`` nats, as the engine sampled them (temperature applied, top-p and top-k not), 0 on padding.
+        token_ends: int64 ``[N, L]``, characters of the text decoded up to and including this token; non-decreasing, 0 on padding.
         texts: decoded responses without special tokens, ``N`` strings.
         records: the record of each row, ``N``.
     """
@@ -92,6 +93,7 @@ class Rollouts:
     truncated: Tensor
     group_ids: Tensor
     engine_logprobs: Tensor
+    token_ends: Tensor
     texts: list[str]
     records: list[Record]
 

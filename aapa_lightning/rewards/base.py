@@ -20,4 +20,6 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]: ...
+    def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]:
+        """Score ``N`` responses."""
+        ...
