@@ -1,0 +1,54 @@
+"""JSON Lines, read and written line by line, with ``file:line`` in every error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aapa_lightning.errors import DataError
+
+
+def iter_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Yield ``(file:line, raw line)`` for every line that is not blank, from line 1. Raises DataError when the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; expected a JSONL file, one JSON object a line") from error
+
+
+def parse_line(source: str, line: bytes) -> dict[str, Any]:
+    """Decode one line into a JSON object. Raises DataError that names ``source``."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected UTF-8 text, found byte {line[error.start]:#04x} at column {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: malformed JSON ({error.msg}, column {error.colno}); expected one JSON object a line") from error
+    except RecursionError as error:
+        raise DataError(f"{source}: JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: expected a JSON object, found {type(row).__name__}; write one object a line")
+    return row
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write rows, one JSON object a line. The file appears whole or not at all. Returns the number of rows."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,242 @@
+"""Datasets of records: JSONL, Parquet, a saved ``datasets`` folder or a Hub name; expert files; the train/validation split.
+
+JSONL is validated whole when it is read. Parquet and ``datasets`` stay memory-mapped and each row is validated when it is accessed
+(``aapa data check`` validates them all).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from aapa_lightning.data.dialects import parse_record, prompt_hash
+from aapa_lightning.data.jsonl import iter_lines, parse_line
+from aapa_lightning.data.responses import Response, join_responses, read_responses
+from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.types import Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "LazyRecords",
+    "attach_experts",
+    "parse_record",
+    "prompt_hash",
+    "read_records",
+    "require_experts",
+    "row_parsers",
+    "split_records",
+    "take",
+]
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+class LazyRecords(Sequence[Record]):
+    """A sequence of records that are made when they are accessed.
+
+    Args:
+        fetch: makes the record at a non-negative index.
+        size: number of records.
+    """
+
+    def __init__(self, fetch: Callable[[int], Record], size: int) -> None:
+        self._fetch = fetch
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return take(self, range(*index.indices(self._size)))
+        if not -self._size <= index < self._size:
+            raise IndexError(f"record {index} of {self._size}")
+        return self._fetch(index % self._size)
+
+
+def take(records: Sequence[Record], indices: Sequence[int]) -> LazyRecords:
+    """The records at ``indices``, without copying any."""
+    return LazyRecords(partial(_picked, records, indices), len(indices))
+
+
+def _picked(records: Sequence[Record], indices: Sequence[int], i: int) -> Record:
+    return records[indices[i]]
+
+
+def read_records(path: str, *, split: str | None = None, experts: str | None = None) -> Sequence[Record]:
+    """Read a dataset.
+
+    Args:
+        path: a JSONL or Parquet file, a folder (saved by ``datasets`` or holding data files), or a Hub name ``name``, ``name@config``,
+            ``name:split`` or ``name@config:split``.
+        split: the split of a folder or Hub dataset; default ``train``. Files have none.
+        experts: a response file whose responses become experts of the records they answer (truncated ones do not), after the records' own.
+
+    Returns:
+        The records, at least one.
+
+    Raises:
+        DataError: unreadable, malformed or empty; the message names file and line.
+        ConfigError: the path and the split contradict each other.
+    """
+    records: Sequence[Record]
+    if _is_json(path):
+        _refuse_split(path, split)
+        records = [parse_record(parse_line(source, line), source) for source, line in iter_lines(path)]
+    else:
+        rows = open_dataset(path, split)
+        records = LazyRecords(partial(_parsed, rows, path), len(rows))
+    if not records:
+        raise DataError(f"{path} is empty; expected at least one record (one JSON object a line with 'prompt' or 'messages')")
+    records[0]
+    return attach_experts(records, experts) if experts else records
+
+
+def row_parsers(path: str, *, split: str | None = None) -> Iterable[Callable[[], Record]]:
+    """One call per row that makes its record or raises DataError: to look at every row, whatever is wrong with the others."""
+    if _is_json(path):
+        _refuse_split(path, split)
+        return (partial(_parsed_line, source, line) for source, line in iter_lines(path))
+    rows = open_dataset(path, split)
+    return (partial(_parsed, rows, path, i) for i in range(len(rows)))
+
+
+def attach_experts(records: Sequence[Record], path: str) -> Sequence[Record]:
+    """Records with the responses of a response file as experts, after their own; truncated responses are left out.
+
+    Raises:
+        DataError: the file is malformed or answers none of the records.
+    """
+    joined = join_responses(records, (response for response in read_responses(path) if not response.truncated))
+    attached = LazyRecords(partial(_with_experts, records, joined), len(records))
+    return list(attached) if isinstance(records, list) else attached
+
+
+def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Split into train and validation by prompt: rows with the same prompt stay together.
+
+    The ``round(val_fraction * prompts)`` (at least one) prompts with the smallest hash of (seed, prompt) validate, so the split depends
+    neither on the order of the rows nor on the process.
+
+    Args:
+        records: the dataset.
+        val_fraction: share of the prompts, in [0, 1); 0 gives no validation records.
+        seed: another seed, another split.
+
+    Raises:
+        ConfigError: ``val_fraction`` outside [0, 1).
+        DataError: fewer than two different prompts.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction must be in [0, 1), found {val_fraction}")
+    if val_fraction == 0:
+        return records, []
+    ranks = [_rank(seed, record) for record in records]
+    prompts = sorted(set(ranks))
+    if len(prompts) < 2:
+        raise DataError(f"a train/validation split needs at least two different prompts, found {len(prompts)}; set val_fraction to 0")
+    count = min(max(round(val_fraction * len(prompts)), 1), len(prompts) - 1)
+    last = prompts[count - 1]
+    train = take(records, [i for i, rank in enumerate(ranks) if rank > last])
+    val = take(records, [i for i, rank in enumerate(ranks) if rank <= last])
+    return train, val
+
+
+def require_experts(records: Sequence[Record], why: str) -> None:
+    """Raise DataError when a record has no expert response.
+
+    Args:
+        records: the dataset.
+        why: what needs them, such as ``"SFT imitates expert responses"``.
+    """
+    for record in records:
+        if not record.experts:
+            raise DataError(
+                f"{record.source}: no expert response, but {why}; add a column 'expert', or join a response file with experts=FILE "
+                "(a record needs the file's key or prompt)"
+            )
+
+
+def open_dataset(path: str, split: str | None) -> Dataset:
+    """Open a Parquet file, a folder or a Hub dataset, memory-mapped. Raises DataError or ConfigError."""
+    import datasets
+
+    if Path(path).suffix == ".parquet":
+        _refuse_split(path, split)
+        rows = _loading(path, lambda: datasets.Dataset.from_parquet(str(path)))
+    elif Path(path).is_dir():
+        rows = _open_folder(path, split or "train")
+    else:
+        name, config, inner = _hub_name(path)
+        if inner and split and inner != split:
+            raise ConfigError(f"{path} names the split {inner!r} and split={split!r}; give one")
+        rows = _loading(path, lambda: datasets.load_dataset(name, config, split=inner or split or "train"))
+    if not {"prompt", "messages", "chosen"} & set(rows.column_names):
+        raise DataError(f"{path}: expected a column 'prompt', 'messages' or 'chosen', found {sorted(rows.column_names)}")
+    return rows
+
+
+def _open_folder(path: str, split: str) -> Dataset:
+    import datasets
+
+    if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
+        return _loading(path, lambda: datasets.load_dataset(str(path), split=split))
+    saved = _loading(path, lambda: datasets.load_from_disk(str(path)))
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise DataError(f"{path}: no split {split!r}; it has {sorted(saved)}")
+    return saved[split]
+
+
+def _loading(path: str, load: Callable[[], Dataset]) -> Dataset:
+    try:
+        return load()
+    except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and the Hub client's errors
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(
+            f"cannot open {path!r} ({cause}); expected a JSONL or Parquet file, a folder, or a Hub name name@config:split"
+        ) from error
+
+
+def _hub_name(path: str) -> tuple[str, str | None, str | None]:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise DataError(f"{path} does not exist; expected a JSONL or Parquet file, a folder, or a Hub name name@config:split")
+    name, _, split = path.partition(":")
+    name, _, config = name.partition("@")
+    return name, config or None, split or None
+
+
+def _is_json(path: str) -> bool:
+    return Path(path).suffix in JSON_SUFFIXES
+
+
+def _refuse_split(path: str, split: str | None) -> None:
+    if split is not None:
+        raise ConfigError(f"{path} is one file and has no split {split!r}; leave split out, or give a folder or a Hub name")
+
+
+def _parsed_line(source: str, line: bytes) -> Record:
+    return parse_record(parse_line(source, line), source)
+
+
+def _parsed(rows: Dataset, path: str, i: int) -> Record:
+    return parse_record(rows[i], f"{path}:row {i}")
+
+
+def _with_experts(records: Sequence[Record], joined: Sequence[Sequence[Response]], i: int) -> Record:
+    return replace(records[i], experts=records[i].experts + tuple(response.text for response in joined[i]))
+
+
+def _rank(seed: int, record: Record) -> bytes:
+    return hashlib.sha256(f"{seed}:{prompt_hash(record.prompt)}".encode()).digest()
