@@ -4,6 +4,13 @@ The command line prints them without a traceback and exits with code 2. A messag
 to mend it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class AapaError(Exception):
     """Base of every error caused by the user's input."""
@@ -19,3 +26,19 @@ class ConfigError(AapaError):
 
 class MissingDependencyError(AapaError):
     """An optional package is not installed. The message names the extra that brings it."""
+
+
+def choose(options: Mapping[str, T], name: str, option: str) -> T:
+    """Look up a named option.
+
+    Args:
+        options: the legal names and what they stand for.
+        name: the name asked for.
+        option: what the name chooses, for the message.
+
+    Raises:
+        ConfigError: the name is not among them.
+    """
+    if name not in options:
+        raise ConfigError(f"{option}: expected one of {', '.join(options)}; found {name!r}")
+    return options[name]

@@ -1,0 +1,146 @@
+"""Task advantages: rewards compared within the group of their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aapa_kernels import group_mean, group_size, group_std
+from aapa_kernels.anchor_advantage import pooled_std
+from aapa_kernels.anchor_advantage.groups import accumulator
+from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.types import SumOverRanks, identity_sum
+
+AdvantageScale = Literal["group", "batch", "none"]
+RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+
+
+class _Group(NamedTuple):
+    """Statistics of each row's group, ``[N]`` or ``[N, R]``; ``deviations`` are exactly 0 in a ``constant`` group."""
+
+    deviations: Tensor
+    std: Tensor
+    constant: Tensor
+
+
+def _group(values: Tensor, group_ids: Tensor) -> _Group:
+    mean, std = group_mean(values, group_ids), group_std(values, group_ids)
+    # Equal weighted sums can differ by rounding; divided by epsilon that would be noise.
+    constant = std <= 1e-8 * mean.abs().clamp(min=1.0)
+    return _Group((values - mean).masked_fill(constant, 0.0), std, constant)
+
+
+def batch_statistics(values: Tensor, sum_over_ranks: SumOverRanks = identity_sum) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (ddof 1) over all rows of all ranks, in two passes.
+
+    Args:
+        values: ``[N]``; N may differ between ranks.
+        sum_over_ranks: elementwise sum over ranks; called twice, on every rank.
+
+    Returns:
+        Two scalars; the deviation of fewer than two rows is 0.
+
+    >>> batch_statistics(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    (tensor(2., dtype=torch.float64), tensor(1.4142, dtype=torch.float64))
+    """
+    count, total = sum_over_ranks(torch.stack((values.new_tensor(float(len(values))), values.sum()))).unbind()
+    mean = total / count.clamp(min=1)
+    return mean, pooled_std(values - mean, torch.ones_like(values, dtype=torch.bool), sum_over_ranks)
+
+
+_DIVISORS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "group": lambda group, batch, epsilon: group + epsilon,
+    "batch": lambda group, batch, epsilon: (batch + epsilon).expand_as(group),
+    "none": lambda group, batch, epsilon: torch.ones_like(group),
+}
+
+
+def _sum_then_normalize(
+    rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
+) -> tuple[Tensor, Tensor]:
+    group = _group(rewards @ weights, group_ids)
+    _, batch_std = batch_statistics(rewards @ weights, sum_over_ranks)
+    return group.deviations / divisor(group.std, batch_std), group.constant
+
+
+def _normalize_then_sum(
+    rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
+) -> tuple[Tensor, Tensor]:
+    group = _group(rewards, group_ids)
+    total = (group.deviations / divisor(group.std, group.std)) @ weights
+    mean, std = batch_statistics(total, sum_over_ranks)
+    constant = group.constant.all(dim=1)
+    return ((total - mean) / divisor(std, std)).masked_fill(constant, 0.0), constant
+
+
+_AGGREGATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "sum_then_normalize": _sum_then_normalize,
+    "normalize_then_sum": _normalize_then_sum,
+}
+
+
+def task_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor,
+    *,
+    scale: str = "group",
+    aggregation: str = "sum_then_normalize",
+    epsilon: float = 1e-4,
+    sum_over_ranks: SumOverRanks = identity_sum,
+) -> tuple[Tensor, dict[str, float]]:
+    r"""Advantage of each response against the others of its prompt.
+
+    ``sum_then_normalize``: ``r_i = sum_k w_k r_ik``, ``A_i = (r_i - mean_group r) / scale``, with scale the group's standard deviation
+    + epsilon (``group``), that of all rewards of all ranks + epsilon (``batch``), or 1 (``none``, Dr. GRPO).
+    ``normalize_then_sum`` (GDPO): ``z_ik`` = z-score of each reward within its group, ``A = (Z - mean_batch Z) / (std_batch Z + epsilon)``
+    with ``Z_i = sum_k w_k z_ik``; needs ``scale="group"``. Deviations have ddof 1. A group of one, or without variance, gets exactly 0.
+
+    Batch statistics are taken over all ranks, so they do not depend on how a window is spread over them.
+
+    Args:
+        rewards: ``[N, R]``, finite; whole groups on each rank.
+        weights: ``[R]``.
+        group_ids: int64 ``[N]``; equal ids form a group, whatever the order of rows.
+        scale: ``group``, ``batch`` or ``none``.
+        aggregation: ``sum_then_normalize`` or ``normalize_then_sum``.
+        epsilon: added to every standard deviation.
+        sum_over_ranks: elementwise sum over ranks of small float64 tensors on the device of ``rewards``; every rank calls it equally often.
+
+    Returns:
+        Advantages float32 ``[N]``, detached, and metrics over all ranks: ``reward`` and ``reward_std`` of the weighted sums,
+        ``group_reward_std`` (mean over groups), ``zero_variance_groups`` (share of groups without any signal).
+
+    Raises:
+        ConfigError: an unknown option, or ``normalize_then_sum`` with another scale.
+
+    References: Shao et al., DeepSeekMath, arXiv 2402.03300; Liu et al., Dr. GRPO, arXiv 2503.20783; Liu et al., GDPO, arXiv 2601.05242.
+
+    >>> advantages, metrics = task_advantages(torch.tensor([[1.0], [5.0], [0.0]]), torch.ones(1), torch.tensor([3, 8, 3]), scale="none")
+    >>> advantages, metrics["zero_variance_groups"]
+    (tensor([ 0.5000,  0.0000, -0.5000]), 0.5)
+    """
+    normalise, divisor = choose(_AGGREGATIONS, aggregation, "reward_aggregation"), choose(_DIVISORS, scale, "advantage_scale")
+    if aggregation == "normalize_then_sum" and scale != "group":
+        raise ConfigError(f"normalize_then_sum scales each reward by its group: expected advantage_scale 'group', found {scale!r}")
+    rewards = rewards.detach().to(accumulator(rewards.device))
+    weights = weights.to(rewards)
+    advantages, constant = normalise(rewards, weights, group_ids, lambda group, batch: divisor(group, batch, epsilon), sum_over_ranks)
+    return advantages.float(), _metrics(rewards @ weights, group_ids, constant, sum_over_ranks)
+
+
+def _metrics(totals: Tensor, group_ids: Tensor, constant: Tensor, sum_over_ranks: SumOverRanks) -> dict[str, float]:
+    mean, std = batch_statistics(totals, sum_over_ranks)
+    share = group_size(group_ids).to(totals.dtype).reciprocal()  # rows of a group add up to one group
+    groups, zero, stds = sum_over_ranks(
+        torch.stack((share.sum(), (share * constant).sum(), (share * group_std(totals, group_ids)).sum()))
+    ).tolist()
+    return {
+        "reward": mean.item(),
+        "reward_std": std.item(),
+        "group_reward_std": stds / max(groups, 1.0),
+        "zero_variance_groups": zero / max(groups, 1.0),
+    }
