@@ -1,0 +1,299 @@
+"""The anchor without a Trainer: frozen discriminator in, per-token advantages out.
+
+In a loop of one's own::
+
+    anchor = AnchorTerm(load_discriminator("runs/discriminator/export"), weight=0.3)
+    signal = anchor.signal(rollouts)
+    loss = task_loss + anchor.weight(step) * surrogate(logprobs, old_logprobs, signal.advantages)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.anchor.base import Discriminator
+from aapa_lightning.anchor.guard import Guard, GuardReport, measure
+from aapa_lightning.anchor.schedule import Schedule, as_schedule
+from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
+from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Pool, Scale, Transform, Truncated, build_signal
+from aapa_lightning.anchor.thinking import answer_view
+from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+
+
+class Bank(Protocol):
+    """What the anchor asks of an expert bank (``anchor/bank.py``)."""
+
+    def expert_logits(self, record: Record) -> Any:
+        """Logits of the sentences of a record's expert responses (or their mean); None or nothing for an unknown prompt."""
+        ...
+
+
+class AnchorTerm:
+    """Scores rollouts with a frozen discriminator and turns the scores into advantages.
+
+    Args:
+        discriminator: frozen here: ``eval()`` and no gradients, asserted again at every ``signal``.
+        weight: lambda, a number or a schedule.
+        transform: see ``AnchorOptions``, as all options down to ``truncated``.
+        tau: temperature of the transform.
+        pool: from sentences to a response.
+        softmin_temperature: T of ``pool=softmin``.
+        scale: what centred scores are divided by.
+        scale_floor: least ``batch`` scale.
+        granularity: ``response`` or ``sentence``.
+        combine: ``loss``, ``advantage`` or ``reward``; read by whoever owns the loss.
+        truncated: ``score`` or ``drop`` responses that hit the length limit.
+        bank: expert logits, for ``bt_gap`` and for the guard's AUROC.
+        segmenter: finds sentences; the discriminator's own by default.
+        score_thinking: score ``<think>...</think>`` like any text. Otherwise it is cut off before scoring; its tokens then belong to the
+            first sentence without weighing in it, so that they answer for the response they led to. A response that is all thinking is
+            scored as an empty answer.
+        guard: limits on what the guard measures; by default it only measures.
+
+    Raises:
+        ConfigError: for an illegal combination, or a bank of another discriminator.
+    """
+
+    def __init__(
+        self,
+        discriminator: Discriminator,
+        *,
+        weight: float | Schedule = 0.3,
+        transform: Transform = "gan_ns",
+        tau: float = 1.0,
+        pool: Pool = "mean",
+        softmin_temperature: float = 1.0,
+        scale: Scale = "batch",
+        scale_floor: float = 0.1,
+        granularity: Granularity = "response",
+        combine: Combine = "loss",
+        truncated: Truncated = "score",
+        bank: Bank | None = None,
+        segmenter: Segmenter | None = None,
+        score_thinking: bool = False,
+        guard: Guard | None = None,
+    ) -> None:
+        self.options = AnchorOptions(transform, tau, pool, softmin_temperature, scale, scale_floor, granularity, combine, truncated)
+        self.options.check()
+        self.discriminator = discriminator
+        self.bank = bank
+        self.score_thinking = score_thinking
+        self.schedule = as_schedule(weight)
+        self.guard = guard or Guard()
+        self.windows = self.trips = 0
+        self.segmenter = replace(
+            segmenter or getattr(discriminator, "segmenter", None) or Segmenter(), whole_response=discriminator.whole_response
+        )
+        self._pending: dict[str, float] | None = None
+        self._check_parts()
+        self.freeze()
+
+    @property
+    def combine(self) -> Combine:
+        """How the signal joins the task."""
+        return self.options.combine
+
+    @property
+    def granularity(self) -> Granularity:
+        """One advantage per response, or credit to go per sentence."""
+        return self.options.granularity
+
+    def _check_parts(self) -> None:
+        if self.granularity == "sentence" and self.discriminator.whole_response:
+            raise ConfigError(
+                f"anchor: granularity=sentence does not go with {type(self.discriminator).__name__}: it gives one logit for a whole "
+                "response, so there are no sentences to give credit to; use granularity=response or a sentence-level discriminator"
+            )
+        if self.options.transform == "bt_gap" and self.bank is None:
+            raise ConfigError(
+                "anchor: transform=bt_gap compares every sentence with the expert's own logits and expects a bank, found none; build one "
+                "with `aapa bank build` and pass bank=FOLDER, or use another transform"
+            )
+        of_bank = getattr(self.bank, "fingerprint", None)
+        of_bank = of_bank() if callable(of_bank) else of_bank
+        if of_bank is not None and of_bank != self.fingerprint():
+            raise ConfigError(
+                f"anchor: the bank was built with another discriminator: expected fingerprint {self.fingerprint()}, found {of_bank}; "
+                "build it again with `aapa bank build`"
+            )
+
+    def check_host(self, *, group_size: int, ratio_level: Literal["token", "sequence"] = "token") -> None:
+        """Refuse a host objective that the anchor cannot join.
+
+        Args:
+            group_size: responses per prompt, G.
+            ratio_level: level of the host's importance ratio.
+
+        Raises:
+            ConfigError: G = 1, or sentence credit under a sequence-level ratio.
+        """
+        if group_size < 2:
+            raise ConfigError(
+                f"anchor: scores are compared within the responses to one prompt: expected a group size of at least 2, found {group_size}; "
+                "raise it"
+            )
+        if self.granularity == "sentence" and ratio_level == "sequence":
+            raise ConfigError(
+                "anchor: granularity=sentence does not go with ratio_level=sequence: one ratio (and one clip) for the whole response would "
+                "mix the sentences' credits; use ratio_level=token or granularity=response"
+            )
+
+    def signal(self, rollouts: Rollouts, *, sum_over_ranks: SumOverRanks = identity_sum) -> AnchorSignal:
+        """Score whole groups of rollouts.
+
+        Args:
+            rollouts: ``N`` responses; a group never spans calls or ranks.
+            sum_over_ranks: sums a tensor over ranks; called exactly once with ``scale=batch``, and not at all otherwise.
+
+        Returns:
+            The signal, on the rollouts' device, without gradient, not multiplied by lambda.
+
+        Raises:
+            DataError: an expert is missing that the anchor needs, or a logit is not finite; names the record.
+        """
+        self.freeze()
+        device = rollouts.response_ids.device
+        # Scores must not depend on the precision of the policy's step: the bank's were computed without autocast.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            expert_logits = self._expert_logits(rollouts.records).to(device) if self.options.transform == "bt_gap" else None
+            logits, spans = self._score(rollouts)
+            return build_signal(logits, spans, rollouts, self.options, expert_logits=expert_logits, sum_over_ranks=sum_over_ranks)
+
+    def _score(self, rollouts: Rollouts) -> tuple[Tensor, SentenceSpans]:
+        if self.discriminator.needs_experts:
+            for record in rollouts.records:
+                if not record.experts:
+                    raise DataError(_missing_expert(record, "the discriminator compares each response with an expert's"))
+        view = None if self.score_thinking else answer_view(rollouts)
+        scored = rollouts if view is None else view.rollouts
+        spans = segment_rollouts(scored, self.segmenter)
+        spans = spans if view is None else view.scored(spans)
+        logits = self.discriminator.score(scored.texts, rollouts.records, spans).to(rollouts.response_ids.device, torch.float32)
+        bad = ~torch.isfinite(logits)
+        if bool(bad.any()):
+            row = int(spans.response_index[bad][0])
+            raise DataError(
+                f"{rollouts.records[row].source}: expected finite logits from the discriminator, found {float(logits[bad][0])} for the "
+                f"response {scored.texts[row][:80]!r}"
+            )
+        return logits, spans if view is None else view.in_full_text(spans)
+
+    def _expert_logits(self, records: list[Record]) -> Tensor:
+        """Mean expert logit of each record's prompt, float32 ``[N]``."""
+        means = [self._expert_logit(record) for record in records]
+        for record, mean in zip(records, means, strict=True):
+            if mean is None:
+                raise DataError(_missing_expert(record, "transform=bt_gap compares with the expert's logits, and the bank has none"))
+        return torch.tensor(means, dtype=torch.float32)
+
+    def _expert_logit(self, record: Record) -> float | None:
+        found = None if self.bank is None else self.bank.expert_logits(record)
+        values = None if found is None else torch.as_tensor(found, dtype=torch.float32)
+        return None if values is None or values.numel() == 0 else float(values.mean())
+
+    def observe(
+        self,
+        rollouts: Rollouts,
+        signal: AnchorSignal,
+        task_rewards: Tensor | None = None,
+        *,
+        sum_over_ranks: SumOverRanks = identity_sum,
+    ) -> dict[str, float]:
+        """Take the guard's measures of a window; once per window, on every rank. ``advance`` acts on them.
+
+        Args:
+            rollouts: the window's.
+            signal: the anchor's, of the same rollouts.
+            task_rewards: ``[N]``, the task's total reward, or None without one.
+            sum_over_ranks: sums a tensor over ranks, called exactly once.
+
+        Returns:
+            Measures to log, of all ranks.
+        """
+        prompts = dict(zip(rollouts.group_ids.tolist(), rollouts.records, strict=True))
+        found = [self._expert_logit(record) for record in prompts.values()]
+        experts = [value for value in found if value is not None]
+        measures = measure(rollouts, signal, task_rewards, experts, sum_over_ranks=sum_over_ranks)
+        self._pending = dict(measures)
+        return self.guard.relative(measures)
+
+    def advance(self) -> GuardReport | None:
+        """Let schedule and guard learn from the last observation. Call when an optimiser step is done.
+
+        An observation counts when the first step that uses its window is done, and once: a run that is resumed in between collects or
+        restores that window again and ends in the same state.
+
+        Returns:
+            The guard's verdict, or None when there was nothing new.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        report = self.guard.update(pending)
+        self.schedule.observe(task_reward=pending.get("task_reward"), tripped=bool(report.tripped))
+        self.windows += 1
+        self.trips += bool(report.tripped)
+        return report
+
+    def weight(self, step: int) -> float:
+        """Lambda at an optimiser step, counted from 0."""
+        return self.schedule.weight(step)
+
+    def freeze(self) -> None:
+        """Put the discriminator's networks in evaluation mode, without gradients."""
+        for module in _modules(self.discriminator):
+            module.eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the discriminator; returns itself."""
+        self.discriminator = self.discriminator.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        """The discriminator's."""
+        return self.discriminator.fingerprint()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprint, schedule, guard and counters: primitives, never weights."""
+        return {
+            "fingerprint": self.fingerprint(),
+            "schedule": self.schedule.state_dict(),
+            "guard": self.guard.state_dict(),
+            "pending": self._pending,
+            "windows": self.windows,
+            "trips": self.trips,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``.
+
+        Raises:
+            ConfigError: the state was saved with another discriminator.
+        """
+        if state["fingerprint"] != self.fingerprint():
+            raise ConfigError(
+                f"anchor: the run was started with another discriminator: expected fingerprint {state['fingerprint']}, found "
+                f"{self.fingerprint()}; resume with the same discriminator, or start a new run"
+            )
+        self.schedule.load_state_dict(state["schedule"])
+        self.guard.load_state_dict(state["guard"])
+        self._pending = None if state["pending"] is None else dict(state["pending"])
+        self.windows, self.trips = int(state["windows"]), int(state["trips"])
+
+
+def _modules(discriminator: Any) -> Iterator[nn.Module]:
+    """The discriminator itself if it is a network, else the networks among its attributes."""
+    if isinstance(discriminator, nn.Module):
+        yield discriminator
+    else:
+        yield from (value for value in vars(discriminator).values() if isinstance(value, nn.Module))
+
+
+def _missing_expert(record: Record, why: str) -> str:
+    return f"{record.source}: expected at least one expert response, found none; {why}. Add `expert` to the record, or drop it"

@@ -1,0 +1,100 @@
+"""Statistics of groups, by group *id* and never by order. Plain torch.
+
+Sums run in float64 (float32 where a device has no float64), so that a group of equal float32 values has exactly their value as its mean
+and exactly 0 as its deviation. Results have the type of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The type that sums run in: float64, or float32 on Apple's GPU, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _group_sum(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Sum of each row's group, at the row: ``[N, ...]``."""
+    unique, index = torch.unique(group_ids, return_inverse=True)
+    return values.new_zeros(unique.shape[0], *values.shape[1:]).index_add(0, index, values)[index]
+
+
+def _counted(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values as the accumulator, 0 outside the mask, and the mask as numbers that broadcast against them."""
+    wide = values.to(accumulator(values.device))
+    if mask is None:
+        mask = torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
+    mask = mask.reshape(-1, *[1] * (values.dim() - 1))
+    return torch.where(mask, wide, torch.zeros_like(wide)), mask.to(wide.dtype)
+
+
+def group_size(group_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Number of rows in each row's group.
+
+    Args:
+        group_ids: int64 ``[N]``.
+        mask: bool ``[N]``, the rows to count; all by default.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    ones = torch.ones_like(group_ids) if mask is None else mask.to(group_ids.dtype)
+    return _group_sum(ones, group_ids)
+
+
+def group_mean(values: Tensor, group_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of each row's group.
+
+    Args:
+        values: ``[N]`` or ``[N, R]``.
+        group_ids: int64 ``[N]``; rows with equal ids form a group, whatever their order.
+        mask: bool ``[N]``, the rows that count; all by default. Values outside it are not read.
+
+    Returns:
+        The shape and type of ``values``; 0 for a group in which nothing counts.
+    """
+    wide, counted = _counted(values, mask)
+    return (_group_sum(wide, group_ids) / _group_sum(counted, group_ids).clamp_min(1)).to(values.dtype)
+
+
+def group_std(values: Tensor, group_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Standard deviation (ddof 1) of each row's group, in two passes.
+
+    Args:
+        values: ``[N]`` or ``[N, R]``.
+        group_ids: int64 ``[N]``.
+        mask: bool ``[N]``, the rows that count; all by default. Values outside it are not read.
+
+    Returns:
+        The shape and type of ``values``; 0 for a group of fewer than two.
+    """
+    wide, counted = _counted(values, mask)
+    sizes = _group_sum(counted, group_ids)
+    deviations = (wide - _group_sum(wide, group_ids) / sizes.clamp_min(1)) * counted
+    return (_group_sum(deviations.square(), group_ids) / (sizes - 1).clamp_min(1)).sqrt().to(values.dtype)
+
+
+def pooled_std(values: Tensor, mask: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Standard deviation (ddof 1) of the values of all ranks, with one sum over ranks of (count, sum, sum of squares).
+
+    Meant for values that are centred already: then the sum of squares loses nothing to cancellation.
+
+    Args:
+        values: ``[N]``.
+        mask: bool ``[N]``, the values that count. Values outside it are not read.
+        sum_over_ranks: sums a tensor ``[3]`` over ranks; None in a single process. Every rank has to call, also without values.
+
+    Returns:
+        Scalar of the accumulator's type (float64); 0 for fewer than two values.
+    """
+    wide, counted = _counted(values, mask)
+    moments = torch.stack([counted.sum(), wide.sum(), wide.square().sum()])
+    if sum_over_ranks is not None:
+        moments = sum_over_ranks(moments)
+    count, total, squares = moments.unbind()
+    variance = (squares - total.square() / count.clamp_min(1)) / (count - 1).clamp_min(1)
+    return variance.clamp_min(0).sqrt()

@@ -1,0 +1,5 @@
+"""Mean-pooled sentence embeddings."""
+
+from aapa_kernels.sentence_pool.reference import sentence_pool
+
+__all__ = ["sentence_pool"]
