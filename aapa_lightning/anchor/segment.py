@@ -13,20 +13,19 @@ from aapa_lightning.types import Rollouts, SentenceSpans
 
 Span = tuple[int, int]
 
-_FENCE = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n|\Z)(?:.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
-_THINK = r"<think>(?:.*?</think>|.*\Z)"
-_BLOCK = re.compile(rf"(?:{_THINK}|{_FENCE})\s*", re.DOTALL | re.MULTILINE)
+_FENCED = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n|\Z)(?:.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)\s*"
+_BLOCK = re.compile(_FENCED, re.DOTALL | re.MULTILINE)
 _WORD = re.compile(r"[^\W_]")
 _ODD_SPACE = re.compile(r"[^\S\n ]|[\ud800-\udfff]")
 _NUMBER_ALONE = re.compile(r"\s*\(?\d{1,3}[.)]\s*")
-_CLOSERS = re.compile(r"[*_\"'”’»」』】》)\]]+(?=\s)")
+_CLOSERS = re.compile(r"[*_\"'”’»」』】》)\]]+(?=\s)")  # noqa: RUF001 - closing quotes of several scripts
 
 
 @dataclass(frozen=True)
 class Segmenter:
     """Splits a response into sentences.
 
-    A fenced code block is one sentence, and so is a ``<think>`` block. The rest is split by ``sentencex`` (abbreviations, decimals, list
+    A fenced code block is one sentence. The rest is split by ``sentencex`` (abbreviations, decimals, list
     items, scripts without spaces). A piece without a letter or digit joins the sentence before it, a lone list number the one after it.
 
     Args:
@@ -71,11 +70,6 @@ class Segmenter:
         return list(zip(starts, [*starts[1:], end], strict=True))
 
 
-def is_thinking(sentence: str) -> bool:
-    """Whether a sentence is a ``<think>`` block."""
-    return sentence.lstrip().startswith("<think>")
-
-
 def _tidy(text: str, pieces: list[tuple[int, int, bool]]) -> list[Span]:
     """Merge pieces that are no sentences of their own into a neighbour."""
     starts: list[int] = []
@@ -114,8 +108,8 @@ def segment_rollouts(rollouts: Rollouts, segmenter: Segmenter) -> SentenceSpans:
     """Sentences of rollouts, with the tokens that each one owns.
 
     Token ``t`` covers the characters ``[token_ends[t - 1], token_ends[t])`` and belongs to the sentence of its first character that is
-    not white space (byte-level tokens begin with the space before a word). A token of white space alone belongs to the sentence of its first
-    character, and a token of no characters (EOS, part of a character) to that of the next one, at the end to the last sentence.
+    not white space (byte-level tokens begin with the space before a word). A token of white space alone belongs to the sentence of its
+    first character, and a token of no characters (EOS, part of a character) to that of the next one, at the end to the last sentence.
     A sentence that no token begins in joins the one before it.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aapa_lightning.anchor.segment import Segmenter, is_thinking, segment_rollouts, segment_texts
+from aapa_lightning.anchor.segment import Segmenter, segment_rollouts, segment_texts
 from aapa_lightning.types import Record, Rollouts
 
 AWKWARD = {
@@ -19,11 +19,10 @@ AWKWARD = {
     "One.\n\n\n\n- a\n- b\n\n": ["One.\n\n\n\n", "- a\n", "- b\n\n"],
     "**Bold.** Next one.": ["**Bold.**", " Next one."],
     'He said "Go now." Then he left.': ['He said "Go now." ', "Then he left."],
-    "今天天气很好。我们去吧！好的": ["今天天气很好。", "我们去吧！", "好的"],
+    "今天天气很好。我们去吧！好的": ["今天天气很好。", "我们去吧！", "好的"],  # noqa: RUF001 - Chinese punctuation
     "مرحبا. كيف حالك؟ جيد": ["مرحبا. ", "كيف حالك؟ ", "جيد"],
     "Code:\n```python\nx = 1. # Stop. Go.\n```\nDone. Bye.": ["Code:\n", "```python\nx = 1. # Stop. Go.\n```\n", "Done. ", "Bye."],
     "Cut:\n```\na. B. c": ["Cut:\n", "```\na. B. c"],
-    "<think>A. B.\n\nC?</think>\n\nYes. No.": ["<think>A. B.\n\nC?</think>\n\n", "Yes. ", "No."],
     "Hi. \r\n\r\nYou.": ["Hi. \r\n\r\n", "You."],
     "  \n": ["  \n"],
     "": [""],
@@ -37,10 +36,9 @@ def test_awkward_text(text):
     assert [text[start:end] for start, end in Segmenter()(text)] == AWKWARD[text]
 
 
-def test_whole_response_and_thinking():
+def test_whole_response_and_settings():
     text = "One. Two."
     assert Segmenter(whole_response=True)(text) == [(0, len(text))]
-    assert is_thinking("\n<think>hm") and not is_thinking("I <think>")
     assert Segmenter(**Segmenter("de").settings()) == Segmenter("de")
 
 
@@ -51,9 +49,7 @@ def test_text_that_breaks_the_splitter(text):
     assert spans[-1][1] == len(text)
 
 
-pieces = st.sampled_from(
-    ["a", "Bob", " ", "\n", ". ", "! ", "。", "\u3000", "```\n", "é", "😀", "3.1", "- ", "**", "<think>", "</think>", '"', "\r\n"]
-)
+pieces = st.sampled_from(["a", "Bob", " ", "\n", ". ", "! ", "。", "\u3000", "```\n", "é", "😀", "3.1", "- ", "**", '"', "\r\n"])
 texts = st.one_of(st.text(max_size=40), st.lists(pieces, max_size=25).map("".join))
 
 

@@ -1,0 +1,141 @@
+"""A judge of whole responses: any sequence classifier or scalar reward model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from aapa_lightning.anchor.encoder import hash_tensors
+from aapa_lightning.anchor.encoder_head import pick_reference
+from aapa_lightning.anchor.files import read_json, write_json
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.types import Record, SentenceSpans
+
+_FIELD = re.compile(r"\{(prompt|reference|response)\}")
+
+
+class SequenceClassifierDiscriminator:
+    r"""Scores a response as one sentence with an ``AutoModelForSequenceClassification``.
+
+    A model with one output gives its value, one with two gives the difference of logits (second minus first); both are divided by
+    ``temperature``. A template with ``{reference}`` makes the score depend on an expert response, as POLAR's does (arXiv 2507.05197):
+    ``"{prompt}\n{reference}<|reward|>{prompt}\n{response}[UNUSED_TOKEN_130]"``.
+
+    Args:
+        model: folder or Hub name.
+        template: the input; ``{prompt}``, ``{response}`` and ``{reference}`` are filled in.
+        max_length: tokens; longer inputs lose their beginning, so that the end of the response stays.
+        temperature: divides the score; reward models are rarely calibrated.
+        batch_size: responses in one forward pass.
+        trust_remote_code: run code that comes with the weights.
+    """
+
+    model: Any
+    whole_response = True
+
+    def __init__(
+        self,
+        model: str,
+        template: str = "{prompt}\n{response}",
+        max_length: int = 512,
+        temperature: float = 1.0,
+        batch_size: int = 16,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        if "{response}" not in template or temperature <= 0:
+            raise ConfigError(f"expected a template with {{response}} and a temperature above 0, found {template!r} and {temperature}")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left", trust_remote_code=trust_remote_code)
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
+                model, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot load the sequence classifier {model!r}: {str(error).splitlines()[0]}") from error
+        if info["missing_keys"]:
+            raise ConfigError(
+                f"sequence classifier {model!r} lacks the weights {sorted(info['missing_keys'])[:3]}; random ones would be used"
+            )
+        if self.model.config.num_labels > 2:
+            raise ConfigError(f"sequence classifier {model!r} has {self.model.config.num_labels} outputs; expected 1 or 2")
+        self.model.eval().requires_grad_(False)
+        self.settings = {
+            "model": model,
+            "template": template,
+            "max_length": max_length,
+            "temperature": temperature,
+            "batch_size": batch_size,
+        }
+        self.template, self.max_length, self.temperature, self.batch_size = template, max_length, temperature, batch_size
+        self.needs_experts = "{reference}" in template
+        # the judged position is found from this id, also where the tokenizer pads with EOS
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def score(self, responses: Sequence[str], records: Sequence[Record], spans: SentenceSpans) -> Tensor:
+        """Log-odds float32 ``[S]``: every sentence of a response gets the response's own score."""
+        texts = [self._fill(text, record) for text, record in zip(responses, records, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = torch.zeros(len(texts), device=self.model.device)
+        for batch in self._batches(order):
+            inputs = self.tokenizer(
+                [texts[i] for i in batch], padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self.model.device)
+            logits = self.model(**inputs).logits.float()
+            scores[batch] = logits[:, -1] - (logits[:, 0] if logits.shape[-1] == 2 else 0.0)
+        return (scores / self.temperature)[spans.response_index.to(scores.device)]
+
+    def _batches(self, order: list[int]) -> Iterator[list[int]]:
+        size = self.batch_size if self.tokenizer.pad_token_id is not None else 1
+        return (order[i : i + size] for i in range(0, len(order), size))
+
+    def _fill(self, response: str, record: Record) -> str:
+        prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(turn["content"] for turn in record.prompt)
+        values = {"prompt": prompt, "response": response}
+        if self.needs_experts:
+            values["reference"] = pick_reference(response, record, strict=False)
+        # one pass: text that happens to hold "{response}" is not filled in again
+        return _FIELD.sub(lambda match: values[match.group(1)], self.template)
+
+    def fingerprint(self) -> str:
+        """Hex digest of weights and settings."""
+        return hash_tensors(repr([self.template, self.max_length, self.temperature]), self.model.state_dict())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write ``discriminator.json``; the weights stay where they are."""
+        write_json(
+            Path(folder) / "discriminator.json", {"class": "sequence_classifier", **self.settings, "fingerprint": self.fingerprint()}
+        )
+
+    @classmethod
+    def load(cls, folder: Path, *, encoder: str | None = None, trust_remote_code: bool = False) -> Self:
+        """Read what ``save`` wrote; ``encoder`` says where the weights lie now, if they moved.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or the weights are others than those that were saved.
+        """
+        file = Path(folder) / "discriminator.json"
+        settings = read_json(file)
+        expected = settings.pop("fingerprint", None)
+        settings.pop("class", None)
+        if encoder is not None:
+            settings["model"] = encoder
+        try:
+            judge = cls(**settings, trust_remote_code=trust_remote_code)
+        except TypeError as error:
+            raise ConfigError(f"{file} is damaged or of another version: {error}") from error
+        if judge.fingerprint() != expected:
+            raise ConfigError(f"{file}: expected weights with fingerprint {expected}, found {judge.fingerprint()} at {settings['model']!r}")
+        return judge

@@ -1,0 +1,132 @@
+"""Prompt and response as tokens for an encoder, and the sentence that each token belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from aapa_lightning.anchor.segment import Span
+from aapa_lightning.types import Message
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding as TokenEncoding
+
+Prompt = str | tuple[Message, ...]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How text is presented to the encoder.
+
+    Args:
+        max_length: tokens of prompt and response together; also limited by the encoder. The prompt is cut first, from its beginning, down
+            to a quarter of this; then the response, from its end.
+        prompt: whether the encoder sees the prompt before the response.
+        layer: hidden layer to pool, as in ``hidden_states``; -1 is the last.
+        dtype: precision of the encoder.
+        batch_tokens: tokens of a forward pass, padding included.
+        system_prompt: system turn put before the prompt, for encoders with a chat template.
+        chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``.
+    """
+
+    max_length: int = 512
+    prompt: bool = True
+    layer: int = -1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_tokens: int = 8192
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ContextRow:
+    """One response in its context: token ids, token types (1 for the second text of a pair), and sentence numbers (-1 outside)."""
+
+    ids: list[int]
+    types: list[int]
+    sentences: list[int]
+
+
+class ContextTokenizer:
+    """Lays out prompt and response for an encoder, keeping track of sentences by character offsets.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer; its own truncation and padding are switched off.
+        encoding: how text is presented.
+        causal: glue the response to the (templated) prompt, as a policy sees it, instead of forming a pair.
+        max_length: limit in tokens.
+    """
+
+    def __init__(self, tokenizer: Any, encoding: Encoding, *, causal: bool, max_length: int) -> None:
+        self.tokenizer, self.encoding, self.causal, self.max_length = tokenizer, encoding, causal, max_length
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        glued = causal and encoding.prompt
+        self._before, self._between, self._after = ([], [], []) if glued else self._specials(pair=encoding.prompt)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], char_spans: Sequence[Sequence[Span]]) -> list[ContextRow]:
+        """Rows of ``N`` responses; sentences are numbered through in order of response, then position."""
+        texts = [_SURROGATE.sub("\ufffd", text) for text in responses]
+        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        prompt_ids = self._prompt_ids(prompts) if self.encoding.prompt else [[] for _ in texts]
+        rows, first = [], 0
+        for ids, response, text, spans in zip(prompt_ids, encoded, texts, char_spans, strict=True):
+            rows.append(self._row(ids, response, text, [start for start, _ in spans], first))
+            first += len(spans)
+        return rows
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as the encoder reads it."""
+        if not (self.causal and self.tokenizer.chat_template):
+            return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+        turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if self.encoding.system_prompt is not None:
+            turns = [{"role": "system", "content": self.encoding.system_prompt}, *turns]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self.encoding.chat_template_kwargs)
+
+    def _prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        texts = [_SURROGATE.sub("\ufffd", self.render(prompt)) for prompt in prompts]
+        unique = list(dict.fromkeys(texts))
+        # a chat template writes its special tokens itself
+        encoded = self._backend.encode_batch(unique, add_special_tokens=self.causal and not self.tokenizer.chat_template)
+        table = {text: row.ids for text, row in zip(unique, encoded, strict=True)}
+        return [table[text] for text in texts]
+
+    def _row(self, prompt_ids: list[int], response: TokenEncoding, text: str, starts: list[int], first: int) -> ContextRow:
+        room = self.max_length - len(self._before) - len(self._between) - len(self._after)
+        prompt_kept = min(len(prompt_ids), max(room - len(response.ids), self.max_length // 4))
+        kept = min(len(response.ids), room - prompt_kept)
+        sentences = _token_sentences(text, response.offsets[:kept], starts, first)
+        head = [*self._before, *prompt_ids[len(prompt_ids) - prompt_kept :], *self._between]
+        tail = [-1] * len(self._after)
+        return ContextRow(
+            ids=[*head, *response.ids[:kept], *self._after],
+            types=[0] * len(head) + [int(self.encoding.prompt)] * (kept + len(tail)),
+            sentences=[-1] * len(head) + sentences + tail,
+        )
+
+    def _specials(self, *, pair: bool) -> tuple[list[int], list[int], list[int]]:
+        """Special tokens before, between and after one text or a pair of texts."""
+        parts = [self._backend.encode("a", add_special_tokens=False) for _ in range(2)]
+        width = len(parts[0].ids)
+        whole = self._backend.post_process(parts[0], parts[1] if pair else None, add_special_tokens=True)
+        text = [i for i, special in enumerate(whole.special_tokens_mask) if not special]
+        between = whole.ids[text[width - 1] + 1 : text[width]] if pair else []
+        return list(whole.ids[: text[0]]), list(between), list(whole.ids[text[-1] + 1 :])
+
+
+def _token_sentences(text: str, offsets: Sequence[Span], starts: list[int], first: int) -> list[int]:
+    """Sentence of each token: that of its first character that is not white space, as for the policy's own tokens."""
+    out, k = [], 0
+    for begin, end in offsets:
+        piece = text[begin:end]
+        stripped = piece.lstrip()
+        position = begin + len(piece) - len(stripped) if stripped else begin
+        while k + 1 < len(starts) and starts[k + 1] <= position:
+            k += 1
+        out.append(first + k)
+    return out

@@ -1,0 +1,160 @@
+"""Features of a sentence and the small trainable head on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aapa_lightning.anchor.encoder import Embedded
+from aapa_lightning.errors import ConfigError
+
+Feature = Literal["sentence", "response", "reference"]
+#: Width of each feature in units of the encoder's hidden size ``D``, and extra columns.
+FEATURES: dict[str, tuple[int, int]] = {"sentence": (1, 0), "response": (1, 0), "reference": (2, 1)}
+
+
+def feature_size(names: Sequence[Feature], hidden_size: int) -> int:
+    """Columns of ``sentence_features``. Raises ConfigError for an unknown, repeated or empty list of names."""
+    if not names or len(set(names)) != len(names) or not set(names) <= FEATURES.keys():
+        raise ConfigError(f"features must be distinct names out of {list(FEATURES)}, found {list(names)}")
+    return sum(FEATURES[name][0] * hidden_size + FEATURES[name][1] for name in names)
+
+
+def sentence_features(
+    names: Sequence[Feature], embedded: Embedded, references: Embedded | None = None, reference_of: Sequence[int] = ()
+) -> Tensor:
+    """Features of ``S`` sentences.
+
+    ``sentence``: the embedding e. ``response``: mean of the response's token embeddings. ``reference``: the sentence m of the reference
+    text with the largest cosine with e, as m, abs(e - m) and that cosine.
+
+    Args:
+        names: which features, in order.
+        embedded: the sentences to describe.
+        references: sentences of the reference texts, for ``reference``.
+        reference_of: the reference text of each of the ``N`` responses.
+
+    Returns:
+        float32 ``[S, F]``.
+    """
+    columns = []
+    for name in names:
+        if name == "sentence":
+            columns.append(embedded.embeddings)
+        elif name == "response":
+            columns.append(response_means(embedded)[embedded.response_index])
+        elif references is not None:
+            columns.append(_best_match(embedded, references, reference_of))
+    return torch.cat(columns, dim=-1)
+
+
+def response_means(embedded: Embedded) -> Tensor:
+    """Token-weighted mean of each response's sentences, float32 ``[N, D]``; 0 for a response of which nothing was seen."""
+    weights = embedded.counts.to(embedded.embeddings.dtype)
+    sums = embedded.embeddings.new_zeros(embedded.size, embedded.embeddings.shape[-1])
+    sums.index_add_(0, embedded.response_index, embedded.embeddings * weights[:, None])
+    totals = weights.new_zeros(embedded.size).index_add(0, embedded.response_index, weights)
+    return sums / totals.clamp_min(1)[:, None]
+
+
+def _best_match(embedded: Embedded, references: Embedded, reference_of: Sequence[int]) -> Tensor:
+    width = embedded.embeddings.shape[-1]
+    out = embedded.embeddings.new_zeros(len(embedded.response_index), 2 * width + 1)
+    bounds = torch.bincount(references.response_index, minlength=references.size).cumsum(0).tolist()
+    start = 0
+    for i, size in enumerate(torch.bincount(embedded.response_index, minlength=embedded.size).tolist()):
+        mine = embedded.embeddings[start : start + size]
+        row = reference_of[i]
+        theirs = slice(bounds[row - 1] if row else 0, bounds[row])
+        candidates = references.embeddings[theirs][references.counts[theirs] > 0]
+        if len(candidates):
+            cosine = functional.normalize(mine, dim=-1) @ functional.normalize(candidates, dim=-1).T
+            best, which = cosine.max(-1)
+            matched = candidates[which]
+            out[start : start + size] = torch.cat([matched, (mine - matched).abs(), best[:, None]], dim=-1)
+        start += size
+    return out
+
+
+class StackedHead(nn.Module):
+    """``K`` heads side by side, one per fold: standardise, then a linear map or a perceptron with one hidden layer (GELU).
+
+    Args:
+        folds: ``K``; head ``k`` is trained without the prompts of fold ``k``. 1 is a single head trained on everything.
+        in_features: ``F``.
+        hidden_units: width of the hidden layer; 0 for a linear map.
+        dropout: on the standardised features and on the hidden layer, in training.
+        seed: of the initial weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+    floor: Tensor
+
+    def __init__(self, folds: int, in_features: int, hidden_units: int = 256, dropout: float = 0.2, seed: int = 0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(fan_in: int, *shape: int) -> nn.Parameter:
+            return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in))
+
+        width = hidden_units or in_features
+        if hidden_units:
+            self.hidden_weight = uniform(in_features, folds, in_features, hidden_units)
+            self.hidden_bias = nn.Parameter(torch.zeros(folds, 1, hidden_units))
+        self.weight = uniform(width, folds, width, 1)
+        self.bias = nn.Parameter(torch.zeros(folds, 1, 1))
+        self.hidden_units = hidden_units
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("std", torch.ones(in_features))
+        self.register_buffer("floor", torch.zeros(folds))
+
+    @property
+    def folds(self) -> int:
+        """Number of heads."""
+        return self.bias.shape[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits float32 ``[K, S]`` of features ``[S, F]``."""
+        x = (features.float() - self.mean) / self.std
+        x = functional.dropout(x, self.dropout, self.training)
+        stacked = x.expand(self.folds, *x.shape)
+        if self.hidden_units:
+            stacked = functional.gelu(torch.baddbmm(self.hidden_bias, stacked, self.hidden_weight))
+            stacked = functional.dropout(stacked, self.dropout, self.training)
+        return torch.baddbmm(self.bias, stacked, self.weight).squeeze(-1)
+
+    @torch.no_grad()
+    def fit_scale(self, features: Tensor) -> None:
+        """Set the standardisation from training features ``[S, F]``."""
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0, correction=0).clamp_min(1e-6))
+
+
+def fill_unseen(logits: Tensor, embedded: Embedded, floor: Tensor) -> Tensor:
+    """Give the sentences that the encoder did not see (cut off, empty) a neutral logit.
+
+    It is the mean over the response's seen sentences, so that averages do not move. A response of which nothing was seen gets
+    ``floor``: silence must not pay.
+
+    Args:
+        logits: float32 ``[K, S]``.
+        embedded: the sentences.
+        floor: float32 ``[K]``.
+
+    Returns:
+        float32 ``[K, S]``.
+    """
+    seen = embedded.counts > 0
+    index = embedded.response_index
+    zeros = logits.new_zeros(logits.shape[0], embedded.size)
+    sums = zeros.index_add(1, index, torch.where(seen, logits, 0.0))
+    counts = zeros[0].index_add(0, index, seen.to(logits.dtype))
+    neutral = torch.where(counts > 0, sums / counts.clamp_min(1), floor[:, None])
+    return torch.where(seen, logits, neutral[:, index])
