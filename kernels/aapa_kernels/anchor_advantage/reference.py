@@ -154,8 +154,8 @@ def anchor_advantage(
     - ``group``: std of the row's group, ddof 1, plus 1e-4.
 
     With granularity ``response`` every token of a response gets ``A_i``; with ``sentence`` a token of sentence k gets the centred credit to
-    go, ``(sum_{j>=k} w_ij g_ij - mean_group(u, token_mean) sum_{j>=k} w_ij) / scale`` with ``w_ij = n_ij / n_i`` and the scale as above, from
-    the pooled ``c``. A group of one gets 0 either way.
+    go, ``(sum_{j>=k} w_ij g_ij - mean_group(u, token_mean) sum_{j>=k} w_ij) / scale`` with ``w_ij = n_ij / n_i`` and the scale as above,
+    from the pooled ``c``. A group of one gets 0 either way.
 
     Args:
         logits: ``[S]``, finite.
