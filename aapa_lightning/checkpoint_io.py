@@ -1,0 +1,51 @@
+"""Checkpoints that a crash cannot spoil."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from typing_extensions import override
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import atomic_write
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint beside its target and replaces the target in one step; reads tensors and primitives only.
+
+    Lightning's own writer goes through the temporary folder, so where that is another file system it copies into place, and a kill
+    leaves half a file under the good name. Sharded strategies that write a folder do not pass through here.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Save ``checkpoint`` to the local file ``path``. ``storage_options`` is not supported."""
+        if storage_options is not None:
+            raise TypeError("AtomicCheckpointIO writes local files and takes no storage_options")
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    @override
+    def load_checkpoint(self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load ``path`` without unpickling objects, whatever ``weights_only`` says.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
+        if not Path(path).exists():
+            raise ConfigError(f"no checkpoint at {path}; expected a file written by a fit run, such as RUN/checkpoints/last.ckpt")
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Delete the file, or the folder of a sharded checkpoint."""
+        if Path(path).is_dir():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""The ``aapa`` command: finds the command's module, runs it, and turns errors into exit codes.
+
+0 is success, 1 a failure, 2 a mistake in the input (one message, no traceback), 130 an interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aapa_lightning.errors import AapaError
+
+
+class Command(NamedTuple):
+    """A row of the table of commands."""
+
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "fit": Command(
+        "train", "train a policy or a discriminator", "aapa fit --config configs/recipes/grpo.yaml --config configs/anchor.yaml"
+    ),
+    "validate": Command("train", "measure a run on its validation split", "aapa validate --config runs/grpo/config.yaml"),
+    "test": Command("train", "measure a run on its test split", "aapa test --config runs/grpo/config.yaml"),
+    "predict": Command(
+        "train", "write a policy's responses to a file", "aapa predict --config runs/sft/config.yaml --run_dir runs/rollouts"
+    ),
+    "recipe": Command("recipe", "run the stages of a recipe in order", "aapa recipe configs/recipes/quickstart.yaml"),
+    "bank": Command(
+        "bank", "build a bank of expert responses", "aapa bank build --data train.jsonl --discriminator runs/disc/export --out bank"
+    ),
+    "data": Command("data", "check data, train a tokenizer, write the synthetic world", "aapa data check train.jsonl"),
+    "export": Command("export", "write a checkpoint as a Hugging Face folder", "aapa export runs/grpo --out my-model"),
+    "doctor": Command("doctor", "show versions, devices and kernels, and run a self-test", "aapa doctor --json"),
+}
+TRAINER_COMMANDS = tuple(name for name, command in COMMANDS.items() if command.module == "train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process when left out.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except SystemExit as end:  # argparse has printed help, or what is wrong
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        print("aapa: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if _is_users(error):
+            print(f"aapa: error: {error}", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), end="")
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(version("aapa-lightning"))
+        return 0
+    if name not in COMMANDS:
+        print(f"aapa: error: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    module = importlib.import_module(f"aapa_lightning.commands.{command.module}")
+    if name in TRAINER_COMMANDS:
+        return int(module.run_trainer(arguments))
+    parser = argparse.ArgumentParser(
+        prog=f"aapa {name}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        epilog=f"example:\n  {command.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(arguments[1:])))
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the error is a mistake in the input; Lightning's own class counts where Lightning is loaded."""
+    exceptions = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return isinstance(error, AapaError) or (exceptions is not None and isinstance(error, exceptions.MisconfigurationException))
+
+
+def _help() -> str:
+    lines = ["usage: aapa COMMAND [options]", "", "Post-train language models, anchored to how an expert writes.", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10}{command.summary}", f"  {'':<10}  {command.example}"]
+    return "\n".join([*lines, "", "aapa COMMAND --help lists a command's options.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""``aapa fit|validate|test|predict``: Lightning's command line with a run folder."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.imports import RequirementCache
+from typing_extensions import override
+
+from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, RunFolder
+from aapa_lightning.checkpoint_io import AtomicCheckpointIO
+from aapa_lightning.cli import COMMANDS, TRAINER_COMMANDS
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import write_json
+from aapa_lightning.runs import MetricsCSV, last_checkpoint
+
+#: Packages whose classes a configuration may name without their path.
+COMPONENTS = ("modules", "data", "callbacks", "rewards", "anchor", "rollout")
+#: The data module of a configuration that names none.
+DEFAULT_DATA = {"class_path": "aapa_lightning.data.datamodule.AapaDataModule"}
+#: Keys of one command's call, left out of the saved configuration so that every command reads it.
+CALL_KEYS = ("config", "resume", "test", "ckpt_path", "weights_only", "verbose", "return_predictions")
+
+
+def import_components() -> None:
+    """Import the classes that a configuration names, so that ``--model GRPOModule`` is enough."""
+    for name in COMPONENTS:
+        package = importlib.import_module(f"aapa_lightning.{name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def run_trainer(arguments: list[str]) -> int:
+    """Run one of the trainer commands; ``arguments`` starts with its name."""
+    import_components()
+    warnings.filterwarnings("ignore", message=".*was deprecated in v4", module="jsonargparse")  # calls of LightningCLI, ours to silence
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    AapaCLI(arguments)
+    return 0
+
+
+class AapaCLI(LightningCLI):
+    """Lightning's command line in subclass mode, with our run folder, loggers, checkpoints and no surprises.
+
+    ``trainer.callbacks`` of the configuration come first, then ours; ``trainer.logger`` is kept beside ``metrics.csv``.
+
+    Args:
+        arguments: command-line arguments, or None for those of the process.
+        run: build a parser with the four commands and run the chosen one; else only build the classes.
+    """
+
+    def __init__(self, arguments: list[str], run: bool = True) -> None:
+        descriptions = {name: _parser_kwargs(name) for name in TRAINER_COMMANDS}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
+            seed_everything_default=0,
+            parser_kwargs={"prog": "aapa", **(descriptions if run else {})},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=arguments,
+            run=run,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/<name of the module>).")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults({"data": DEFAULT_DATA})
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume", type=bool, default=False, help="Continue the run folder's last checkpoint.", nargs="?", const=True
+            )
+            parser.add_argument("--test", type=bool, default=False, help="Measure on the test split afterwards.", nargs="?", const=True)
+        return parser
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would replace arguments by what an earlier run saved, without a word."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.run_dir = Path(self._get(self.config, "run_dir") or _default_run_dir(self._get(self.config, "model").class_path))
+        self.resume = bool(self._get(self.config, "resume", False))
+        self.checkpoint = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit":
+            self._claim()
+        elif self.subcommand and self.checkpoint is None and last_checkpoint(self.run_dir).exists():
+            self.checkpoint = str(last_checkpoint(self.run_dir))
+
+    def _claim(self) -> None:
+        """Refuse a folder that holds another run; find the checkpoint to continue."""
+        if self.resume:
+            if self.checkpoint is None and not last_checkpoint(self.run_dir).exists():
+                raise ConfigError(f"--resume: no checkpoint at {last_checkpoint(self.run_dir)}; leave --resume out to start the run")
+            self.checkpoint = self.checkpoint or str(last_checkpoint(self.run_dir))
+        elif rank_zero_only.rank == 0 and not self._dry and _holds_run(self.run_dir):
+            raise ConfigError(
+                f"{self.run_dir} already holds a run; continue it with --resume, choose another folder with --run_dir, or remove it"
+            )
+
+    @property
+    def _dry(self) -> bool:
+        return bool(self._get(self.config, "trainer").get("fast_dev_run"))
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        config["default_root_dir"] = str(self.run_dir)
+        config["logger"] = self._loggers(config["logger"])
+        plugins = config["plugins"]
+        config["plugins"] = plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return self._instantiate_trainer(config, self._callbacks(config))
+
+    def _loggers(self, chosen: Any) -> bool | list[Logger]:
+        """Ours first, then the configuration's; none for ``logger: false`` and outside training."""
+        if chosen is False or self.subcommand != "fit":
+            return False
+        ours: list[Logger] = [MetricsCSV(self.run_dir)]
+        if chosen in (None, True) and RequirementCache("tensorboard"):
+            purge = {"purge_step": _saved_step(self.checkpoint)} if self.resume else {}
+            ours.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard", **purge))
+        if chosen in (None, True):
+            return ours
+        return ours + (list(chosen) if isinstance(chosen, list | tuple) else [chosen])
+
+    def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        if self.subcommand == "predict":
+            path = self.run_dir / "responses.jsonl"
+            if rank_zero_only.rank == 0 and path.exists():
+                raise ConfigError(f"{path} already exists; choose another folder with --run_dir, or remove the file")
+            return [ResponseWriter(path)]
+        if self.subcommand != "fit" or self._dry:
+            return []
+        ours: list[Callback] = [RunFolder(self.run_dir, self._resolved())]
+        return ours if config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
+
+    def _resolved(self) -> str:
+        """The configuration as text that every trainer command accepts as ``--config``."""
+        dump = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_link_targets=False, format="yaml")
+        config = {key: value for key, value in yaml.safe_load(dump).items() if key not in CALL_KEYS}
+        return yaml.safe_dump(config | {"run_dir": str(self.run_dir)}, sort_keys=False)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self.checkpoint, "weights_only": True}
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+
+    def after_fit(self) -> None:
+        """Export the model where its module can, then measure on the test split where asked."""
+        if self._dry:
+            return
+        export = getattr(self.model, "export", None)
+        if callable(export):
+            export(self.run_dir / "export")
+        if self._get(self.config, "test"):
+            self.test(model=self.model, datamodule=self.datamodule)
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure on the test split and write ``test_metrics.json``."""
+        self._write_metrics("test_metrics.json", self.trainer.test(**kwargs))
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure on the validation split and write ``val_metrics.json``."""
+        self._write_metrics("val_metrics.json", self.trainer.validate(**kwargs))
+
+    def _write_metrics(self, name: str, results: Any) -> None:
+        if self.trainer.is_global_zero and not self._dry:
+            write_json(self.run_dir / name, {key: float(value) for row in results for key, value in row.items()})
+
+
+def _parser_kwargs(command: str) -> dict[str, str]:
+    row = COMMANDS[command]
+    return {"description": f"{row.summary[0].upper()}{row.summary[1:]}. Example: {row.example}"}
+
+
+def _default_run_dir(class_path: str) -> str:
+    return f"runs/{class_path.rsplit('.', 1)[-1].removesuffix('Module').lower()}"
+
+
+def _holds_run(run_dir: Path) -> bool:
+    """Whether the folder has anything but the configuration, which a run that failed early leaves."""
+    return run_dir.exists() and any(path.name != "config.yaml" for path in run_dir.iterdir())
+
+
+def _saved_step(checkpoint: str) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

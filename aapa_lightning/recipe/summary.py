@@ -1,0 +1,73 @@
+"""A table over a recipe's stages, from the metrics that they wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.recipe.plan import Recipe
+from aapa_lightning.recipe.references import Stage
+
+Table = dict[str, dict[str, float | None]]
+
+
+def summarise(recipe: Recipe, seconds: Mapping[str, float]) -> Table:
+    """Collect the columns of each row.
+
+    Args:
+        recipe: its ``summary`` has ``rows`` (row name to stage name) and ``columns`` (names, or column name to metric name). A metric is
+            read from the stage's ``test_metrics.json``, with or without the prefix ``test/``; ``seconds`` is the stage's wall time.
+        seconds: wall seconds by stage.
+
+    Returns:
+        Row name to column name to number; None where the stage did not report it.
+
+    Raises:
+        ConfigError: the section is malformed, or a row names no stage.
+    """
+    section = recipe.summary
+    if not isinstance(section, dict) or set(section) != {"rows", "columns"} or not isinstance(section["rows"], dict):
+        raise ConfigError(f"{recipe.path}: summary: expected `rows` (a mapping) and `columns` (a list or a mapping)")
+    columns = section["columns"]
+    if not isinstance(columns, list | dict):
+        raise ConfigError(f"{recipe.path}: summary.columns: expected a list or a mapping, found {columns!r}")
+    metrics = dict(columns) if isinstance(columns, dict) else {str(name): str(name) for name in columns}
+    latest = {name: stage for stage in recipe.stages for name in (stage.name, stage.base)}
+    table: Table = {}
+    for row, name in section["rows"].items():
+        if name not in latest:
+            raise ConfigError(f"{recipe.path}: summary.rows.{row}: no stage {name!r}; expected one of {', '.join(latest)}")
+        table[row] = _row(latest[name], metrics, seconds)
+    return table
+
+
+def _row(stage: Stage, metrics: Mapping[str, str], seconds: Mapping[str, float]) -> dict[str, float | None]:
+    path = Path(stage.run_dir) / "test_metrics.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found["seconds"] = seconds.get(stage.name)
+    return {column: found.get(metric, found.get(f"test/{metric}")) for column, metric in metrics.items()}
+
+
+def text_table(table: Table) -> str:
+    """Aligned columns for a terminal; also valid Markdown."""
+    columns = list(next(iter(table.values()), {}))
+    rows = [["", *columns]] + [[name, *(_cell(values[column]) for column in columns)] for name, values in table.items()]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
+    lines = [_line(row, widths) for row in cells]
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+    return "| " + " | ".join([first, *rest]) + " |"
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 100 else f"{value:.0f}"
