@@ -16,6 +16,10 @@ class Reward(Protocol):
 
     ``__call__(responses, records)`` takes ``N`` decoded responses and their records (prompt, instructions and extra columns are in the
     record) and returns ``N`` finite numbers: a float32 tensor ``[N]`` or a sequence of floats.
+
+    One more method may be there: ``skip_reason(record) -> str | None``. It is called once for every record before training
+    (``RewardSet.select``), raises DataError for a record that the reward cannot score, and returns why a record is to be left out, or None
+    to train on it.
     """
 
     name: str

@@ -1,0 +1,116 @@
+"""Several rewards as one: names, weights, and errors that name the reward and the record."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aapa_lightning.errors import AapaError, ConfigError, DataError
+from aapa_lightning.rewards.base import Reward
+from aapa_lightning.types import Record
+
+logger = logging.getLogger(__name__)
+
+
+class RewardSet:
+    """Rewards and their weights.
+
+    Args:
+        rewards: at least one, with different names.
+        weights: one finite number per reward; default 1 each.
+
+    Raises:
+        ConfigError: no reward, equal names, or weights that do not fit.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+        if not rewards:
+            raise ConfigError("expected at least one reward, found none; set rewards")
+        for reward in rewards:
+            if not callable(reward) or not isinstance(getattr(reward, "name", None), str):
+                raise ConfigError(f"expected a reward (callable, with a 'name'), found {reward!r}; wrap a function in FunctionReward")
+        self.rewards = list(rewards)
+        self.names = [reward.name for reward in rewards]
+        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise ConfigError(f"rewards need different names, found {repeated[0]!r} more than once; set 'name'")
+        self.weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        if len(self.weights) != len(rewards):
+            raise ConfigError(f"expected one weight per reward ({', '.join(self.names)}), found {len(self.weights)} weights")
+        if not all(map(math.isfinite, self.weights)):
+            raise ConfigError(f"reward weights must be finite, found {self.weights}")
+
+    def score(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
+        """Unweighted rewards of ``N`` responses, float32 ``[N, R]`` on the CPU.
+
+        Raises:
+            DataError: a reward raised, or returned another number of values or a value that is not finite; the message names the reward and
+                the record.
+        """
+        return torch.stack([_column(reward, responses, records) for reward in self.rewards], dim=1)
+
+    def select(self, records: Sequence[Record]) -> list[int]:
+        """Indices of the records to train on: those that no reward leaves out. Called once, before training.
+
+        Raises:
+            DataError: a reward cannot score a record, or every record is left out.
+        """
+        hooks = [(reward.name, reward.skip_reason) for reward in self.rewards if hasattr(reward, "skip_reason")]
+        if not hooks:
+            return list(range(len(records)))
+        kept: list[int] = []
+        reasons: Counter[str] = Counter()
+        for i, record in enumerate(records):
+            why = next((f"{name}: {reason}" for name, hook in hooks if (reason := hook(record)) is not None), None)
+            if why is None:
+                kept.append(i)
+            else:
+                reasons[why] += 1
+        if reasons:
+            summary = "; ".join(f"{why} ({count})" for why, count in reasons.most_common())
+            if not kept:
+                raise DataError(f"the rewards leave out all {len(records)} records: {summary}")
+            logger.warning("%d of %d records left out by rewards: %s", len(records) - len(kept), len(records), summary)
+        return kept
+
+
+def _column(reward: Reward, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
+    """Scores of one reward, float32 ``[N]``."""
+    try:
+        values = torch.as_tensor(reward(responses, records), dtype=torch.float32).detach().cpu()
+    except AapaError:
+        raise
+    except Exception as error:
+        where = _culprit(reward, responses, records)
+        raise DataError(f"reward {reward.name!r} raised {type(error).__name__}: {error} (at {where})") from error
+    if values.shape != (len(responses),):
+        raise DataError(
+            f"reward {reward.name!r} must return one number per response, {len(responses)} in all; found shape {tuple(values.shape)} "
+            f"(first record {_label(records[0]) if records else 'none'})"
+        )
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        i = bad[0]
+        raise DataError(
+            f"reward {reward.name!r} must return finite numbers, found {float(values[i])} for {_label(records[i])}, "
+            f"response {responses[i][:80]!r}"
+        )
+    return values
+
+
+def _culprit(reward: Reward, responses: Sequence[str], records: Sequence[Record]) -> str:
+    """Which record a reward fails on, found by scoring them one by one."""
+    for response, record in zip(responses, records, strict=True):
+        try:
+            torch.as_tensor(reward([response], [record]), dtype=torch.float32)
+        except Exception:
+            return f"{_label(record)}, response {response[:80]!r}"
+    return f"one of {len(records)} records, none of which fails alone" if records else "an empty batch"
+
+
+def _label(record: Record) -> str:
+    return record.source if record.key is None else f"{record.source} (key {record.key})"

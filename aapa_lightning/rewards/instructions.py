@@ -1,0 +1,107 @@
+"""Verifiable instructions: one function per IFEval identifier, in a plain table.
+
+Identifiers, arguments and verdicts are those of IFEval's strict checker (Zhou et al. 2023, arXiv 2311.07911); an empty response follows
+nothing. Where this table knowingly differs:
+
+- ``length_constraints:number_sentences`` counts terminators before white space (``checks.count_sentences``); IFEval uses NLTK's Punkt
+  model, with the same verdict on all 260 published cases of five models (``sentencex`` differs on 14 of them).
+- ``change_case:english_lowercase`` and ``english_capital`` look at the case alone; IFEval also asks ``langdetect`` for English.
+- ``change_case:capital_word_frequency`` splits words by NLTK's rules for punctuation and English contractions, written as one pattern.
+- Keywords are plain text; IFEval reads them as regular expressions.
+- Every argument must be there; IFEval draws a missing one at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aapa_lightning.errors import DataError
+from aapa_lightning.rewards import checks
+from aapa_lightning.types import Instruction
+
+RELATIONS = ("at least", "less than")
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """What an argument must be: a description for the error, and the test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+COUNT = Argument("a whole number, 0 or more", _is_count)
+RELATION = Argument(f"one of {', '.join(RELATIONS)}", lambda value: value in RELATIONS)
+TEXT = Argument("text", _is_text)
+TEXTS = Argument("a list of texts", lambda value: isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value)))
+LETTER = Argument("one character", lambda value: _is_text(value) and len(value) == 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A verifiable instruction: ``holds(response, **kwargs)`` and what its arguments must be."""
+
+    holds: Callable[..., bool]
+    arguments: Mapping[str, Argument]
+
+
+#: Every instruction that can be verified: identifier -> check.
+CHECKS: dict[str, Check] = {
+    "keywords:existence": Check(checks.keywords_existence, {"keywords": TEXTS}),
+    "keywords:frequency": Check(checks.keywords_frequency, {"keyword": TEXT, "frequency": COUNT, "relation": RELATION}),
+    "keywords:forbidden_words": Check(checks.forbidden_words, {"forbidden_words": TEXTS}),
+    "keywords:letter_frequency": Check(checks.letter_frequency, {"letter": LETTER, "let_frequency": COUNT, "let_relation": RELATION}),
+    "length_constraints:number_words": Check(checks.number_words, {"num_words": COUNT, "relation": RELATION}),
+    "length_constraints:number_sentences": Check(checks.number_sentences, {"num_sentences": COUNT, "relation": RELATION}),
+    "length_constraints:number_paragraphs": Check(checks.number_paragraphs, {"num_paragraphs": COUNT}),
+    "length_constraints:nth_paragraph_first_word": Check(
+        checks.nth_paragraph_first_word, {"num_paragraphs": COUNT, "nth_paragraph": COUNT, "first_word": TEXT}
+    ),
+    "detectable_content:number_placeholders": Check(checks.number_placeholders, {"num_placeholders": COUNT}),
+    "detectable_content:postscript": Check(checks.postscript, {"postscript_marker": TEXT}),
+    "detectable_format:number_bullet_lists": Check(checks.number_bullet_lists, {"num_bullets": COUNT}),
+    "detectable_format:constrained_response": Check(checks.constrained_response, {}),
+    "detectable_format:number_highlighted_sections": Check(checks.number_highlighted_sections, {"num_highlights": COUNT}),
+    "detectable_format:multiple_sections": Check(checks.multiple_sections, {"section_spliter": TEXT, "num_sections": COUNT}),
+    "detectable_format:json_format": Check(checks.json_format, {}),
+    "detectable_format:title": Check(checks.title, {}),
+    "combination:repeat_prompt": Check(checks.repeat_prompt, {"prompt_to_repeat": TEXT}),
+    "combination:two_responses": Check(checks.two_responses, {}),
+    "startend:end_checker": Check(checks.end_checker, {"end_phrase": TEXT}),
+    "startend:quotation": Check(checks.quotation, {}),
+    "change_case:english_capital": Check(str.isupper, {}),
+    "change_case:english_lowercase": Check(str.islower, {}),
+    "change_case:capital_word_frequency": Check(checks.capital_word_frequency, {"capital_frequency": COUNT, "capital_relation": RELATION}),
+    "punctuation:no_comma": Check(checks.no_comma, {}),
+}
+
+
+def validate_instruction(instruction: Instruction, source: str) -> None:
+    """Raise DataError when the identifier is unknown, or an argument is missing, unknown or malformed."""
+    check = CHECKS.get(instruction.id)
+    if check is None:
+        raise DataError(f"{source}: unknown instruction {instruction.id!r}; expected one of {', '.join(sorted(CHECKS))}")
+    if unknown := instruction.kwargs.keys() - check.arguments.keys():
+        raise DataError(f"{source}: {instruction.id!r} takes {sorted(check.arguments)}, found {sorted(unknown)}")
+    for name, argument in check.arguments.items():
+        if name not in instruction.kwargs:
+            raise DataError(
+                f"{source}: {instruction.id!r} needs the argument {name!r} ({argument.expected}); found {dict(instruction.kwargs)}"
+            )
+        if not argument.holds(value := instruction.kwargs[name]):
+            raise DataError(f"{source}: {instruction.id!r}: {name!r} must be {argument.expected}, found {value!r}")
+
+
+def follows(instruction: Instruction, response: str) -> bool:
+    """Whether a response follows a validated instruction (IFEval's strict verdict)."""
+    return bool(response.strip()) and CHECKS[instruction.id].holds(response, **instruction.kwargs)
