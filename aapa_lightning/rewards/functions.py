@@ -68,8 +68,8 @@ class FunctionReward:
 class TRLReward:
     """A reward function written for TRL: ``function(prompts=..., completions=..., **columns) -> N numbers or None``.
 
-    A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are the record's extra columns
-    and ``key``, ``experts``, ``chosen``, ``rejected``; a function without ``**kwargs`` gets those that it names.
+    A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are the record's extra
+    columns and ``key``, ``experts``, ``chosen``, ``rejected``; a function without ``**kwargs`` gets those that it names.
 
     None means "not my task": TRL leaves it out of the weighted sum, which adds 0, so it becomes ``none_value`` = 0 here. (TRL differs where
     *every* reward of a completion is None: it gives that completion no advantage.) NaN stops the run.

@@ -4,11 +4,11 @@ Identifiers, arguments and verdicts are those of IFEval's strict checker (Zhou e
 nothing. Where this table knowingly differs:
 
 - ``length_constraints:number_sentences`` counts terminators before white space (``checks.count_sentences``); IFEval uses NLTK's Punkt
-  model, with the same verdict on all 260 published cases of five models (``sentencex`` differs on 14 of them).
+  model, and gives the same verdict on all 260 published cases of five models.
 - ``change_case:english_lowercase`` and ``english_capital`` look at the case alone; IFEval also asks ``langdetect`` for English.
 - ``change_case:capital_word_frequency`` splits words by NLTK's rules for punctuation and English contractions, written as one pattern.
 - Keywords are plain text; IFEval reads them as regular expressions.
-- Every argument must be there; IFEval draws a missing one at random.
+- Every argument must be there; IFEval draws a missing one at random, and likewise a ``letter`` that is not one, such as ``#``.
 """
 
 from __future__ import annotations

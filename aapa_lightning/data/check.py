@@ -1,0 +1,234 @@
+"""Looks at every row of a dataset and reports what is there and what is wrong, without stopping at the first error."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from aapa_lightning.data.encode import PromptFormat, encode_demonstration, encode_prompt
+from aapa_lightning.data.records import attach_experts, prompt_hash, row_parsers
+from aapa_lightning.errors import DataError
+from aapa_lightning.types import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of prompts or responses: smallest, median, 95th percentile, largest."""
+
+    unit: str
+    minimum: int
+    median: float
+    p95: int
+    maximum: int
+
+
+@dataclass
+class CheckReport:
+    """What a dataset holds.
+
+    Args:
+        path: the dataset.
+        rows: rows looked at.
+        valid: rows without an error.
+        with_experts: valid rows with at least one expert response.
+        experts: expert responses in all.
+        with_pairs: valid rows with ``chosen`` and ``rejected``.
+        instructions: instructions by identifier.
+        duplicate_prompts: valid rows whose prompt occurred in a row before.
+        prompt_lengths: in tokens where a tokenizer was given, else in characters.
+        expert_lengths: the same for experts, EOS included.
+        over_limit: rows over a length limit (with a tokenizer).
+        error_count: errors found.
+        errors: the first of them, each with file and line.
+    """
+
+    path: str
+    rows: int = 0
+    valid: int = 0
+    with_experts: int = 0
+    experts: int = 0
+    with_pairs: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    duplicate_prompts: int = 0
+    prompt_lengths: Lengths | None = None
+    expert_lengths: Lengths | None = None
+    over_limit: int = 0
+    error_count: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether training can start on it."""
+        return self.error_count == 0 and self.valid > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"ok": self.ok}
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        lines = [
+            f"{self.path}: {self.rows} rows, {self.valid} valid, {self.error_count} errors",
+            f"experts: {self.experts} in {self.with_experts} rows; pairs: {self.with_pairs}; repeated prompts: {self.duplicate_prompts}",
+        ]
+        for what, lengths in (("prompts", self.prompt_lengths), ("experts", self.expert_lengths)):
+            if lengths:
+                values = f"{lengths.minimum} to {lengths.maximum}, median {lengths.median:g}, 95% up to {lengths.p95}"
+                lines.append(f"{what}: {values} {lengths.unit}")
+        if self.over_limit:
+            lines.append(f"over a length limit: {self.over_limit}")
+        lines += [f"instruction {name}: {count}" for name, count in sorted(self.instructions.items())]
+        lines += [f"error: {message}" for message in self.errors]
+        if self.error_count > len(self.errors):
+            lines.append(f"... and {self.error_count - len(self.errors)} more errors")
+        return lines
+
+
+def check_dataset(
+    path: str,
+    *,
+    split: str | None = None,
+    experts: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    fmt: PromptFormat | None = None,
+    eos_token_id: int | None = None,
+    validators: Sequence[Callable[[Record], object]] = (),
+    limit: int = 20,
+) -> CheckReport:
+    """Look at every row.
+
+    Args:
+        path: as for ``read_records``.
+        split: as for ``read_records``.
+        experts: a response file to join.
+        tokenizer: measures lengths in tokens and applies the limits of ``fmt``; without it lengths are characters.
+        fmt: how records become tokens; default ``PromptFormat()``. A row over a limit is an error unless ``overlong`` is ``drop``.
+        eos_token_id: ends an expert response; default the tokenizer's.
+        validators: more checks; each is called with every valid record and raises DataError (``InstructionReward().skip_reason``).
+        limit: how many errors the report lists; all are counted.
+
+    Raises:
+        DataError: the dataset cannot be opened.
+    """
+    report = CheckReport(path)
+
+    def complain(error: DataError) -> None:
+        report.error_count += 1
+        if len(report.errors) < limit:
+            report.errors.append(str(error))
+
+    records: Sequence[Record] | Iterator[Record] = _parsed(path, split, report, complain)
+    if experts:
+        records = list(records)
+        try:
+            records = attach_experts(records, experts)
+        except DataError as error:
+            complain(error)
+    measure = _Measure(tokenizer, fmt or PromptFormat(), eos_token_id)
+    tally = _Tally(report, measure)
+    for record in records:
+        try:
+            for validate in validators:
+                validate(record)
+            tally.add(record)
+        except DataError as error:
+            complain(error)
+    if report.rows == 0:
+        complain(DataError(f"{path} is empty; expected at least one record"))
+    tally.close()
+    return report
+
+
+def _parsed(path: str, split: str | None, report: CheckReport, complain: Callable[[DataError], None]) -> Iterator[Record]:
+    for parse in row_parsers(path, split=split):
+        report.rows += 1
+        try:
+            yield parse()
+        except DataError as error:
+            complain(error)
+
+
+class _Measure:
+    """Lengths in tokens or characters, and the limits on them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, fmt: PromptFormat, eos_token_id: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.unit = "characters" if tokenizer is None else "tokens"
+        self.fmt = fmt
+        self._free = replace(fmt, max_prompt_tokens=_NO_LIMIT, max_response_tokens=_NO_LIMIT)
+        self._eos = eos_token_id if eos_token_id is not None or tokenizer is None else tokenizer.eos_token_id
+        if tokenizer is not None and self._eos is None:
+            raise DataError("the tokenizer has no end-of-sequence token; give eos_token_id")
+
+    def lengths(self, record: Record) -> tuple[int, list[int]]:
+        """Length of the prompt and of each expert. Raises DataError when the record does not encode."""
+        if self.tokenizer is None:
+            turns = [record.prompt] if isinstance(record.prompt, str) else [turn["content"] for turn in record.prompt]
+            return sum(map(len, turns)), [len(expert) for expert in record.experts]
+        prompt = len(encode_prompt(self.tokenizer, record, self._free))
+        eos = int(self._eos) if self._eos is not None else 0
+        demonstrations = [encode_demonstration(self.tokenizer, record, expert, self._free, eos) for expert in record.experts]
+        return prompt, [len(demonstration.input_ids) - prompt for demonstration in demonstrations]
+
+    def over_limit(self, prompt: int, experts: list[int]) -> bool:
+        """Whether a length is over its limit; characters have none."""
+        if self.tokenizer is None:
+            return False
+        return prompt > self.fmt.max_prompt_tokens or max(experts, default=0) > self.fmt.max_response_tokens
+
+
+class _Tally:
+    """Fills a report, record by record."""
+
+    def __init__(self, report: CheckReport, measure: _Measure) -> None:
+        self._report = report
+        self._measure = measure
+        self._seen: set[bytes] = set()
+        self._prompts: list[int] = []
+        self._experts: list[int] = []
+        self._instructions: Counter[str] = Counter()
+
+    def add(self, record: Record) -> None:
+        """Count a record. Raises DataError when it does not encode or is over a limit."""
+        report = self._report
+        prompt, experts = self._measure.lengths(record)
+        self._prompts.append(prompt)
+        self._experts += experts
+        self._instructions.update(instruction.id for instruction in record.instructions)
+        if self._measure.over_limit(prompt, experts):
+            report.over_limit += 1
+            if self._measure.fmt.overlong == "error":
+                longest = max(experts, default=0)
+                raise DataError(
+                    f"{record.source}: the prompt has {prompt} tokens (limit {self._measure.fmt.max_prompt_tokens}), the longest expert "
+                    f"{longest} (limit {self._measure.fmt.max_response_tokens}); raise the limit, or set overlong to 'drop'"
+                )
+        digest = bytes.fromhex(prompt_hash(record.prompt))
+        report.duplicate_prompts += digest in self._seen
+        self._seen.add(digest)
+        report.valid += 1
+        report.with_experts += bool(record.experts)
+        report.experts += len(record.experts)
+        report.with_pairs += record.chosen is not None
+
+    def close(self) -> None:
+        """Write what needs all records."""
+        self._report.instructions = dict(self._instructions)
+        self._report.prompt_lengths = _summary(self._prompts, self._measure.unit)
+        self._report.expert_lengths = _summary(self._experts, self._measure.unit)
+
+
+def _summary(lengths: list[int], unit: str) -> Lengths | None:
+    if not lengths:
+        return None
+    ordered = sorted(lengths)
+    p95 = ordered[min(-(-len(ordered) * 95 // 100), len(ordered)) - 1]
+    return Lengths(unit, ordered[0], statistics.median(ordered), p95, ordered[-1])
