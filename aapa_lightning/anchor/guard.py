@@ -7,7 +7,7 @@ from sums over ranks, so that every rank reaches the same verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ def measure(
     rollouts: Rollouts,
     signal: AnchorSignal,
     task_rewards: Tensor | None = None,
-    expert_logits: Sequence[float] = (),
+    expert_logits: Tensor | None = None,
     *,
     sum_over_ranks: SumOverRanks = identity_sum,
 ) -> dict[str, float]:
@@ -37,7 +37,7 @@ def measure(
         rollouts: ``N`` responses.
         signal: what the anchor said about them.
         task_rewards: ``[N]``, the task's total reward.
-        expert_logits: logits of expert responses to the same prompts, by a discriminator that was not trained on them.
+        expert_logits: ``[M]`` mean logits of expert responses to the same prompts, by a discriminator that was not trained on them.
         sum_over_ranks: sums a tensor over ranks, called once.
 
     Returns:
@@ -54,7 +54,7 @@ def measure(
         "task_groups": torch.zeros(2) if task_rewards is None else zero_variance_counts(task_rewards.to(device), groups),
         "moments": torch.zeros(4) if task_rewards is None else _moments(signal.scores, task_rewards.to(device), groups),
         "rollout_bins": _histogram(_response_logits(signal, len(rollouts))),
-        "expert_bins": _histogram(torch.tensor(expert_logits, dtype=torch.float32)),
+        "expert_bins": _histogram(torch.zeros(0) if expert_logits is None else expert_logits),
     }
     flat = torch.cat([part.cpu().to(torch.float64) for part in parts.values()]).to(
         device, torch.float32 if device.type == "mps" else torch.float64

@@ -11,27 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from aapa_lightning.anchor.base import Discriminator
+from aapa_lightning.anchor.checks import Bank, check_finite, check_host, check_parts, mean_expert_logits, require_experts
 from aapa_lightning.anchor.guard import Guard, GuardReport, measure
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
 from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
 from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Pool, Scale, Transform, Truncated, build_signal
 from aapa_lightning.anchor.thinking import answer_view
-from aapa_lightning.errors import ConfigError, DataError
-from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
-
-
-class Bank(Protocol):
-    """What the anchor asks of an expert bank (``anchor/bank.py``)."""
-
-    def expert_logits(self, record: Record) -> Any:
-        """Logits of the sentences of a record's expert responses (or their mean); None or nothing for an unknown prompt."""
-        ...
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.types import AnchorSignal, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 
 class AnchorTerm:
@@ -82,6 +75,7 @@ class AnchorTerm:
         self.options = AnchorOptions(transform, tau, pool, softmin_temperature, scale, scale_floor, granularity, combine, truncated)
         self.options.check()
         self.discriminator = discriminator
+        self._fingerprint = discriminator.fingerprint()  # hashing large weights takes seconds
         self.bank = bank
         self.score_thinking = score_thinking
         self.schedule = as_schedule(weight)
@@ -91,7 +85,7 @@ class AnchorTerm:
             segmenter or getattr(discriminator, "segmenter", None) or Segmenter(), whole_response=discriminator.whole_response
         )
         self._pending: dict[str, float] | None = None
-        self._check_parts()
+        check_parts(self.options, discriminator, self.bank, self._fingerprint)
         self.freeze()
 
     @property
@@ -104,45 +98,17 @@ class AnchorTerm:
         """One advantage per response, or credit to go per sentence."""
         return self.options.granularity
 
-    def _check_parts(self) -> None:
-        if self.granularity == "sentence" and self.discriminator.whole_response:
-            raise ConfigError(
-                f"anchor: granularity=sentence does not go with {type(self.discriminator).__name__}: it gives one logit for a whole "
-                "response, so there are no sentences to give credit to; use granularity=response or a sentence-level discriminator"
-            )
-        if self.options.transform == "bt_gap" and self.bank is None:
-            raise ConfigError(
-                "anchor: transform=bt_gap compares every sentence with the expert's own logits and expects a bank, found none; build one "
-                "with `aapa bank build` and pass bank=FOLDER, or use another transform"
-            )
-        of_bank = getattr(self.bank, "fingerprint", None)
-        of_bank = of_bank() if callable(of_bank) else of_bank
-        if of_bank is not None and of_bank != self.fingerprint():
-            raise ConfigError(
-                f"anchor: the bank was built with another discriminator: expected fingerprint {self.fingerprint()}, found {of_bank}; "
-                "build it again with `aapa bank build`"
-            )
-
     def check_host(self, *, group_size: int, ratio_level: Literal["token", "sequence"] = "token") -> None:
-        """Refuse a host objective that the anchor cannot join.
+        """Refuse a host objective that the anchor cannot join: a group of one, or sentence credit under a sequence-level ratio.
 
         Args:
             group_size: responses per prompt, G.
             ratio_level: level of the host's importance ratio.
 
         Raises:
-            ConfigError: G = 1, or sentence credit under a sequence-level ratio.
+            ConfigError: says why.
         """
-        if group_size < 2:
-            raise ConfigError(
-                f"anchor: scores are compared within the responses to one prompt: expected a group size of at least 2, found {group_size}; "
-                "raise it"
-            )
-        if self.granularity == "sentence" and ratio_level == "sequence":
-            raise ConfigError(
-                "anchor: granularity=sentence does not go with ratio_level=sequence: one ratio (and one clip) for the whole response would "
-                "mix the sentences' credits; use ratio_level=token or granularity=response"
-            )
+        check_host(self.options, group_size=group_size, ratio_level=ratio_level)
 
     def signal(self, rollouts: Rollouts, *, sum_over_ranks: SumOverRanks = identity_sum) -> AnchorSignal:
         """Score whole groups of rollouts.
@@ -161,41 +127,21 @@ class AnchorTerm:
         device = rollouts.response_ids.device
         # Scores must not depend on the precision of the policy's step: the bank's were computed without autocast.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            expert_logits = self._expert_logits(rollouts.records).to(device) if self.options.transform == "bt_gap" else None
+            compared = self.bank if self.options.transform == "bt_gap" else None
+            expert_logits = None if compared is None else mean_expert_logits(compared, rollouts.records).to(device)
             logits, spans = self._score(rollouts)
             return build_signal(logits, spans, rollouts, self.options, expert_logits=expert_logits, sum_over_ranks=sum_over_ranks)
 
     def _score(self, rollouts: Rollouts) -> tuple[Tensor, SentenceSpans]:
         if self.discriminator.needs_experts:
-            for record in rollouts.records:
-                if not record.experts:
-                    raise DataError(_missing_expert(record, "the discriminator compares each response with an expert's"))
+            require_experts(rollouts.records)
         view = None if self.score_thinking else answer_view(rollouts)
         scored = rollouts if view is None else view.rollouts
         spans = segment_rollouts(scored, self.segmenter)
         spans = spans if view is None else view.scored(spans)
         logits = self.discriminator.score(scored.texts, rollouts.records, spans).to(rollouts.response_ids.device, torch.float32)
-        bad = ~torch.isfinite(logits)
-        if bool(bad.any()):
-            row = int(spans.response_index[bad][0])
-            raise DataError(
-                f"{rollouts.records[row].source}: expected finite logits from the discriminator, found {float(logits[bad][0])} for the "
-                f"response {scored.texts[row][:80]!r}"
-            )
+        check_finite(logits, spans, scored)
         return logits, spans if view is None else view.in_full_text(spans)
-
-    def _expert_logits(self, records: list[Record]) -> Tensor:
-        """Mean expert logit of each record's prompt, float32 ``[N]``."""
-        means = [self._expert_logit(record) for record in records]
-        for record, mean in zip(records, means, strict=True):
-            if mean is None:
-                raise DataError(_missing_expert(record, "transform=bt_gap compares with the expert's logits, and the bank has none"))
-        return torch.tensor(means, dtype=torch.float32)
-
-    def _expert_logit(self, record: Record) -> float | None:
-        found = None if self.bank is None else self.bank.expert_logits(record)
-        values = None if found is None else torch.as_tensor(found, dtype=torch.float32)
-        return None if values is None or values.numel() == 0 else float(values.mean())
 
     def observe(
         self,
@@ -216,9 +162,9 @@ class AnchorTerm:
         Returns:
             Measures to log, of all ranks.
         """
-        prompts = dict(zip(rollouts.group_ids.tolist(), rollouts.records, strict=True))
-        found = [self._expert_logit(record) for record in prompts.values()]
-        experts = [value for value in found if value is not None]
+        prompts = dict(zip(rollouts.group_ids.tolist(), rollouts.records, strict=True)).values()
+        found = [] if self.bank is None else [self.bank.expert_logits(record) for record in prompts]
+        experts = torch.tensor([float(logits.mean()) for logits in found if logits is not None and logits.numel()])
         measures = measure(rollouts, signal, task_rewards, experts, sum_over_ranks=sum_over_ranks)
         self._pending = dict(measures)
         return self.guard.relative(measures)
@@ -257,7 +203,7 @@ class AnchorTerm:
 
     def fingerprint(self) -> str:
         """The discriminator's."""
-        return self.discriminator.fingerprint()
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprint, schedule, guard and counters: primitives, never weights."""
@@ -278,8 +224,8 @@ class AnchorTerm:
         """
         if state["fingerprint"] != self.fingerprint():
             raise ConfigError(
-                f"anchor: the run was started with another discriminator: expected fingerprint {state['fingerprint']}, found "
-                f"{self.fingerprint()}; resume with the same discriminator, or start a new run"
+                f"anchor: the run was started with another discriminator: expected fingerprint {state['fingerprint'][:12]}, "
+                f"found {self.fingerprint()[:12]}; resume with the same discriminator, or start a new run"
             )
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
@@ -287,13 +233,10 @@ class AnchorTerm:
         self.windows, self.trips = int(state["windows"]), int(state["trips"])
 
 
-def _modules(discriminator: Any) -> Iterator[nn.Module]:
-    """The discriminator itself if it is a network, else the networks among its attributes."""
-    if isinstance(discriminator, nn.Module):
-        yield discriminator
-    else:
-        yield from (value for value in vars(discriminator).values() if isinstance(value, nn.Module))
-
-
-def _missing_expert(record: Record, why: str) -> str:
-    return f"{record.source}: expected at least one expert response, found none; {why}. Add `expert` to the record, or drop it"
+def _modules(holder: Any, depth: int = 2) -> Iterator[nn.Module]:
+    """The holder if it is a network, else the networks among its attributes, and theirs."""
+    if isinstance(holder, nn.Module):
+        yield holder
+    elif depth and hasattr(holder, "__dict__"):
+        for value in vars(holder).values():
+            yield from _modules(value, depth - 1)
