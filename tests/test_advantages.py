@@ -120,6 +120,17 @@ def test_ranks_agree_with_one_process(scale, aggregation):
         assert part_metrics == pytest.approx(metrics)
 
 
+@settings(max_examples=50, deadline=None)
+@given(reward=st.floats(-5, 5, width=32), weight=st.floats(0.01, 3), n=st.integers(2, 9))
+def test_rounding_never_makes_an_advantage(reward, weight, n):
+    rewards = torch.tensor([[reward, 0.3]] * n + [[0.0, 0.0], [1.0, 1.0], [0.1, 0.35]])
+    ids = torch.tensor([0] * n + [1, 1, 1])
+    for scale, aggregation in MODES:
+        advantages, _ = task_advantages(rewards, torch.tensor([weight, 0.7]), ids, scale=scale, aggregation=aggregation)
+        assert not advantages[:n].any()
+        assert advantages[n:].all()
+
+
 def test_row_order_does_not_matter():
     torch.manual_seed(1)
     rewards, ids, order = torch.rand(9, 1), torch.tensor([3, 3, 3, 1, 1, 1, 2, 2, 2]), torch.randperm(9)

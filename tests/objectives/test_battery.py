@@ -99,6 +99,7 @@ def test_row_order_and_garbage_under_the_mask_change_nothing(name, options):
     off = ~inputs.response_mask
     poisoned = rebuild(inputs, lambda x: (x if x.dtype == torch.bool else x.masked_fill(off, float("nan")))[order])
     other_losses, other_grads = gradient(objective, poisoned)
+    assert all(metric.isfinite().all() for metric in objective(poisoned).metrics.values())
     torch.testing.assert_close(losses[order], other_losses, rtol=0, atol=0)
     torch.testing.assert_close(grads[order], other_grads, rtol=0, atol=0)
 

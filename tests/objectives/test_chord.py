@@ -72,6 +72,13 @@ def test_weights_scale_value_and_gradient_and_carry_none_themselves(weight, fact
     torch.testing.assert_close(logprobs.grad, -factor(p))
 
 
+def test_weights_are_constants_wherever_they_come_from():
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    assert not chord_phi(logprobs).requires_grad
+    sft_loss(logprobs, torch.ones(1, 2, dtype=torch.bool), weights=logprobs.exp()).losses.sum().backward()
+    torch.testing.assert_close(logprobs.grad, -logprobs.detach().exp())
+
+
 def test_the_mixture_by_hand():
     # Two expert tokens at p = 0.5 and 0.2 with phi 0.25 and 0.16; the third is masked. Policy loss 0.4, mu 0.25.
     logprobs = torch.tensor([[0.5, 0.2, 0.9]]).log()
