@@ -1,0 +1,87 @@
+"""The datamodule of policies: records of three splits, read and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from aapa_lightning.data.records import read_records, split_records
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.types import Record
+
+
+class AapaDataModule(L.LightningDataModule):
+    """Prompts, expert responses and instructions for policy modules.
+
+    Args:
+        train: training records: a JSONL or Parquet file, a folder or Hub name, or records.
+        val: validation records; None splits ``val_fraction`` of the prompts off ``train``.
+        test: test records; None tests on the validation split.
+        demonstrations: what is imitated (SFT, CHORD); None takes ``train``.
+        experts: a response file whose responses become the experts of all splits, joined by key or prompt.
+        val_fraction: share of training prompts held out when ``val`` is None; 0 holds none out.
+        seed: seed of that split.
+    """
+
+    def __init__(
+        self,
+        train: str | Sequence[Record] | None = None,
+        *,
+        val: str | Sequence[Record] | None = None,
+        test: str | Sequence[Record] | None = None,
+        demonstrations: str | Sequence[Record] | None = None,
+        experts: str | None = None,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
+        self._experts = experts
+        self._val_fraction = val_fraction
+        self._seed = seed
+        self._splits: dict[str, Sequence[Record]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and validate every split that is named."""
+        if self._splits:
+            return
+        splits = {name: self._read(source) for name, source in self._sources.items() if source is not None}
+        if "val" not in splits and self._val_fraction and "train" in splits:
+            splits["train"], splits["val"] = split_records(splits["train"], self._val_fraction, self._seed)
+        self._splits = splits
+
+    def _read(self, source: str | Sequence[Record]) -> Sequence[Record]:
+        if not isinstance(source, (str, Path)):
+            return source
+        return read_records(str(source), experts=self._experts)
+
+    def _require(self, name: str) -> Sequence[Record]:
+        if name not in self._splits:
+            raise ConfigError(f"data: expected `{name}` records, found none; set data.init_args.{name}")
+        return self._splits[name]
+
+    def train_dataloader(self) -> Any:
+        """Windows of the module in training."""
+        train = self._require("train")
+        return self._module().train_loader(train, self._splits.get("demonstrations", train))
+
+    def val_dataloader(self) -> Any:
+        """Batches of the validation split; none without one."""
+        return self._module().eval_loader(self._splits["val"]) if "val" in self._splits else []
+
+    def test_dataloader(self) -> Any:
+        """Batches of the test split, or of the validation split."""
+        return self._module().eval_loader(self._splits["test"] if "test" in self._splits else self._require("val"))
+
+    def predict_dataloader(self) -> Any:
+        """Batches of the test split if there is one, else of the validation, else of the training split."""
+        name = next((name for name in ("test", "val", "train") if name in self._splits), "train")
+        return self._module().eval_loader(self._require(name))
+
+    def _module(self) -> Any:
+        if self.trainer is None:
+            raise ConfigError("data: AapaDataModule is used by a Trainer; in a loop of your own use WindowLoader and EvalLoader")
+        return self.trainer.lightning_module

@@ -1,0 +1,131 @@
+"""From prompts to experience: generate, reward, anchor, advantages. No Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aapa_lightning.advantages import task_advantages
+from aapa_lightning.anchor.signal import combine_rewards
+from aapa_lightning.anchor.term import AnchorTerm
+from aapa_lightning.loop.experience import Experience
+from aapa_lightning.objectives.kl import kl_penalty
+from aapa_lightning.reduce import masked_sum
+from aapa_lightning.rewards.compose import RewardSet
+from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
+from aapa_lightning.types import Rollouts, SumOverRanks, identity_sum
+
+#: Gives (old, reference) log-probs of rollouts, float32 ``[N, L]`` each or None.
+Rescore = Callable[[Rollouts], tuple[Tensor | None, Tensor | None]]
+
+
+def no_rescoring(rollouts: Rollouts) -> tuple[None, None]:
+    """The ``Rescore`` of one update per window without a reference."""
+    return None, None
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageOptions:
+    """How rewards become advantages.
+
+    Args:
+        scale: ``group``, ``batch`` or ``none``.
+        aggregation: ``sum_then_normalize`` or ``normalize_then_sum``.
+        mask_truncated: leave truncated responses out of the loss and its counts (DAPO's overlong filtering); their rewards still count.
+        reward_kl: weight of the k1 estimate of KL(pi || ref), summed over the response, subtracted from the reward; 0 for none.
+    """
+
+    scale: str = "group"
+    aggregation: str = "sum_then_normalize"
+    mask_truncated: bool = False
+    reward_kl: float = 0.0
+
+
+def collect(
+    requests: Sequence[RolloutRequest],
+    *,
+    engine: RolloutEngine,
+    sampling: SamplingParams,
+    seed: int,
+    window: int,
+    rewards: RewardSet | None = None,
+    anchor: AnchorTerm | None = None,
+    anchor_weight: float = 0.0,
+    options: AdvantageOptions | None = None,
+    rescore: Rescore = no_rescoring,
+    sum_over_ranks: SumOverRanks = identity_sum,
+) -> Experience:
+    """Collect one rank's share of a window.
+
+    Args:
+        requests: the rank's prompts.
+        engine: draws the responses.
+        sampling: how.
+        seed: seed of the run.
+        window: number of the window.
+        rewards: the task's rewards; None gives task advantages of 0 (SFT).
+        anchor: scores the rollouts; None for none.
+        anchor_weight: lambda at the window's first step, used where the anchor is combined with the reward.
+        options: advantage options.
+        rescore: old and reference log-probs.
+        sum_over_ranks: sums a tensor over ranks; called equally often on all of them.
+
+    Returns:
+        The experience, every tensor on the rollouts' device and without gradient.
+    """
+    options = options or AdvantageOptions()
+    with torch.no_grad():
+        rollouts = engine.generate(requests, sampling, seed=seed, window=window)
+        old, reference = rescore(rollouts)
+        signal = anchor.signal(rollouts, sum_over_ranks=sum_over_ranks) if anchor is not None else None
+        loss_mask = rollouts.response_mask & ~(rollouts.truncated[:, None] & options.mask_truncated)
+        columns, weights, metrics = _rewards(rollouts, rewards)
+        columns, weights = _shape(columns, weights, rollouts, options, old, reference)
+        if anchor is not None and signal is not None and anchor.combine == "reward":
+            columns, weights = combine_rewards(columns, weights, signal, anchor_weight)
+        advantages, found = task_advantages(
+            columns,
+            weights,
+            rollouts.group_ids,
+            scale=options.scale,
+            aggregation=options.aggregation,
+            sum_over_ranks=sum_over_ranks,
+        )
+    metrics |= found | {
+        "response_length": float(rollouts.lengths.float().mean()),
+        "truncated": float(rollouts.truncated.float().mean()),
+    }
+    return Experience(
+        rollouts=rollouts,
+        loss_mask=loss_mask,
+        rewards=columns,
+        advantages=advantages,
+        scores=signal.scores if signal else None,
+        anchor_advantages=signal.advantages if signal else None,
+        old_logprobs=old,
+        ref_logprobs=reference,
+        metrics=metrics | ({f"anchor/{name}": value for name, value in signal.metrics.items()} if signal else {}),
+    )
+
+
+def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Tensor, dict[str, float]]:
+    device = rollouts.response_ids.device
+    if rewards is None:
+        return torch.zeros(len(rollouts), 1, device=device), torch.ones(1, device=device), {}
+    columns = rewards.score(rollouts.texts, rollouts.records).to(device)
+    weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
+    metrics = {f"reward/{name}": float(columns[:, i].mean()) for i, name in enumerate(rewards.names)}
+    return columns, weights, metrics | {"reward": float((columns @ weights).mean())}
+
+
+def _shape(
+    columns: Tensor, weights: Tensor, rollouts: Rollouts, options: AdvantageOptions, old: Tensor | None, reference: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Append the k1 penalty as one more reward."""
+    if not options.reward_kl or old is None or reference is None:
+        return columns, weights
+    penalty = masked_sum(kl_penalty(old, reference, "k1"), rollouts.response_mask, dim=-1)
+    return torch.cat([columns, penalty[:, None]], 1), torch.cat([weights, weights.new_tensor([-options.reward_kl])])

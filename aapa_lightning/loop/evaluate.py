@@ -1,0 +1,44 @@
+"""Batches of held-out prompts, the same number on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from aapa_lightning.types import Record
+
+
+class EvalStep:
+    """Prompts of one evaluation batch; ``indices`` are their positions in the split. Empty on ranks that have run out.
+
+    A plain class for the reason given at ``WindowStep``.
+    """
+
+    def __init__(self, indices: Sequence[int], records: Sequence[Record]) -> None:
+        self.indices = indices
+        self.records = records
+
+
+class EvalLoader:
+    """Deals a split out to ranks, prompt by prompt, in batches.
+
+    Args:
+        records: the split.
+        batch_size: prompts of a batch on one rank.
+        rank: this process.
+        world_size: number of processes. Ranks that run out yield empty batches: collectives stay in step.
+    """
+
+    def __init__(self, records: Sequence[Record], batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.records = records
+        self.batch_size = batch_size
+        self._indices = list(range(rank, len(records), world_size))
+        self._batches = -(-len(records) // (batch_size * world_size))
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[EvalStep]:
+        for batch in range(self._batches):
+            indices = self._indices[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield EvalStep(indices, [self.records[i] for i in indices])

@@ -1,0 +1,50 @@
+"""An endless stream over a finite dataset in which position is arithmetic, not state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aapa_lightning.errors import DataError
+from aapa_lightning.seeds import derive_seed
+from aapa_lightning.types import Record
+
+
+class RecordStream:
+    """Record ``i`` of an endless, reshuffled pass over ``records`` is a pure function of (seed, i).
+
+    Args:
+        records: the dataset.
+        seed: seed of the permutations; two streams with equal seeds over equally long datasets are aligned.
+        shuffle: false keeps the dataset's order in every pass.
+
+    Raises:
+        DataError: the dataset is empty.
+    """
+
+    def __init__(self, records: Sequence[Record], seed: int = 0, *, shuffle: bool = True) -> None:
+        if len(records) == 0:
+            raise DataError("expected at least one record to train on, found an empty dataset")
+        self.records = records
+        self.seed = seed
+        self.shuffle = shuffle
+        self._passes: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Length of one pass."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        """Record ``index`` of the endless stream, ``index >= 0``."""
+        number, position = divmod(index, len(self.records))
+        return self.records[int(self._order(number)[position]) if self.shuffle else position]
+
+    def _order(self, number: int) -> Tensor:
+        if number not in self._passes:
+            generator = torch.Generator().manual_seed(derive_seed("pass", self.seed, number))
+            # a window may straddle two passes, so the last two permutations are kept
+            self._passes = {k: v for k, v in self._passes.items() if k == number - 1}
+            self._passes[number] = torch.randperm(len(self.records), generator=generator)
+        return self._passes[number]

@@ -1,0 +1,191 @@
+"""A policy that is looked at, not trained: evaluation and prediction, which every policy module inherits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from aapa_lightning.data.encode import encode_demonstration, encode_prompt
+from aapa_lightning.data.prompt_format import PromptFormat
+from aapa_lightning.data.records import take
+from aapa_lightning.logprobs import sequence_logprobs
+from aapa_lightning.loop.demonstrations import collate_demonstrations
+from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
+from aapa_lightning.modules.evaluation import Evaluator
+from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
+from aapa_lightning.rewards.base import Reward
+from aapa_lightning.rewards.compose import RewardSet
+from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
+from aapa_lightning.rollout.transformers_engine import TransformersEngine
+from aapa_lightning.seeds import derive_seed
+from aapa_lightning.types import Record, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class InferenceModule(L.LightningModule):
+    """Validates, tests and predicts with a policy. Loads it lazily, in ``configure_model``.
+
+    Args:
+        policy: which model.
+        prompt_format: how records become tokens.
+        sampling: how responses are drawn.
+        rewards: the task's rewards.
+        reward_weights: one per reward; 1 each by default.
+        judges: measures for evaluation alone; no training sees them.
+        seed: of data order and sampling; None takes ``seed_everything``'s.
+        rollout_rows: responses generated at once; None for all.
+        eval_batch_size: prompts of an evaluation batch.
+        eval_samples: responses per prompt in evaluation; 0 evaluates expert likelihood alone.
+        eval_temperature: of the responses in evaluation; None takes that of ``sampling``.
+        predict_temperatures: temperatures at which ``predict`` draws.
+        predict_samples: responses per prompt and temperature in ``predict``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: TransformersEngine
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        *,
+        prompt_format: PromptFormat | None = None,
+        sampling: SamplingParams | None = None,
+        rewards: list[Reward] | None = None,
+        reward_weights: list[float] | None = None,
+        judges: list[Reward] | None = None,
+        seed: int | None = None,
+        rollout_rows: int | None = None,
+        eval_batch_size: int = 32,
+        eval_samples: int = 1,
+        eval_temperature: float | None = None,
+        predict_temperatures: Sequence[float] = (1.0,),
+        predict_samples: int = 1,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.prompt_format = prompt_format or PromptFormat()
+        self.sampling = sampling or SamplingParams()
+        self.rewards = RewardSet(rewards, reward_weights) if rewards else None
+        self.judges = judges or []
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.rollout_rows = rollout_rows
+        self.eval_batch_size = eval_batch_size
+        self.eval_samples = eval_samples
+        self.eval_temperature = self.sampling.temperature if eval_temperature is None else eval_temperature
+        self.predict_temperatures = tuple(predict_temperatures)
+        self.predict_samples = predict_samples
+        self._loaded = False
+        self._evaluator: Evaluator | None = None
+        self._with_experts = False
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if self._loaded:
+            return
+        self.model, self.tokenizer = load_policy(self.policy)
+        self.model.train()
+        eos_ids = eos_token_ids(self.model, self.tokenizer)
+        self.engine = TransformersEngine(self.model, self.tokenizer, eos_ids, max_rows=self.rollout_rows)
+        self._loaded = True
+
+    def eval_loader(self, records: Sequence[Record]) -> EvalLoader:
+        """Batches of a split for this rank."""
+        records = self._select(records)
+        self._with_experts = any(record.experts for record in records)
+        return EvalLoader(records, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+
+    def _select(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Records that the rewards can score, or an error that names one that they cannot."""
+        if self.rewards is None:
+            return records
+        kept = self.rewards.select(records)
+        return records if len(kept) == len(records) else take(records, kept)
+
+    def sample(self, step: EvalStep, samples: int, temperature: float, purpose: str) -> Rollouts | None:
+        """Draw responses whose noise depends on (seed, purpose, temperature, prompt, sample) alone; None for an empty batch."""
+        requests = [
+            RolloutRequest(encode_prompt(self.tokenizer, record, self.prompt_format), record, index, samples)
+            for index, record in zip(step.indices, step.records, strict=True)
+        ]
+        if not requests or samples == 0:
+            return None
+        seed = derive_seed(purpose, self.seed, str(temperature))
+        return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
+
+    def _evaluate(self, step: EvalStep) -> None:
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.rewards, self.judges, self.device)
+        rollouts = self.sample(step, self.eval_samples, self.eval_temperature, "evaluate")
+        if rollouts is not None:
+            self._evaluator.add_rollouts(rollouts)
+        rows = [
+            encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.tokenizer.eos_token_id)
+            for record in step.records
+            for expert in record.experts[:1]
+        ]
+        if rows:
+            batch = collate_demonstrations(rows, self.tokenizer.pad_token_id, self.device)
+            logprobs = sequence_logprobs(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
+            self._evaluator.add_experts(logprobs, batch.response_mask[:, 1:])
+
+    def _log_evaluation(self, stage: str) -> None:
+        if self._evaluator is None:
+            return
+        figures = self._evaluator.compute(generated=self.eval_samples > 0, experts=self._with_experts)
+        self._evaluator = None
+        # the figures are of all ranks already; `step` pins the row to the optimiser step, also after a resume
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, rank_zero_only=False)
+        if stage == "val":
+            self.log("step", float(self.trainer.global_step))
+
+    def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
+        """Evaluate a batch of the validation split."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: EvalStep, batch_idx: int) -> None:
+        """Evaluate a batch of the test split."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: EvalStep, batch_idx: int) -> list[dict[str, Any]]:
+        """Rows of a response file: every temperature, every sample."""
+        rows: list[dict[str, Any]] = []
+        for temperature in self.predict_temperatures:
+            rollouts = self.sample(batch, self.predict_samples, temperature, "predict")
+            for i, text in enumerate(rollouts.texts if rollouts is not None else []):
+                record = rollouts.records[i]  # type: ignore[union-attr]  # there are texts, so there are rollouts
+                prompt = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
+                rows.append(
+                    {
+                        "key": record.key,
+                        "prompt": prompt,
+                        "response": text,
+                        "temperature": temperature,
+                        "sample": i % self.predict_samples,
+                        "truncated": bool(rollouts.truncated[i]),  # type: ignore[union-attr]  # as above
+                    }
+                )
+        return rows
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The ``SumOverRanks`` of the trainer's strategy."""
+        if self.trainer.world_size == 1:
+            return value
+        reduced = self.trainer.strategy.reduce(value.detach().clone().to(self.device), reduce_op="sum")
+        return torch.as_tensor(reduced).to(value.device)

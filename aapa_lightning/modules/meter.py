@@ -1,0 +1,44 @@
+"""Metrics of an optimiser step: sums over its micro-steps, one reduction over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from aapa_lightning.loop.terms import LossTerm
+from aapa_lightning.reduce import masked_sum
+from aapa_lightning.types import SumOverRanks
+
+
+class StepMeter:
+    """Collects a step's losses, per-token metrics and window metrics, and gives their values over micro-steps and ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add to the numerator and denominator of a metric."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def add_terms(self, terms: list[LossTerm], values: Mapping[str, Tensor], loss: Tensor, scale: float) -> None:
+        """Add one micro-step: reduced losses carry ``scale``, so their sum over micro-steps and ranks is divided by it once."""
+        share = 1.0 / scale
+        self.add("loss", loss.detach() * share, share)
+        for term in terms:
+            self.add(f"loss/{term.name}", values[term.name] * share, share)
+            tokens = term.mask.sum()
+            for name, value in term.outputs.metrics.items():
+                self.add(f"{term.name}/{name}", masked_sum(value, term.mask), tokens)
+
+    def compute(self, sum_over_ranks: SumOverRanks, device: torch.device) -> dict[str, float]:
+        """Values over all ranks, by name; empties the meter. Called by every rank with the same names."""
+        names = sorted(self._sums)
+        pairs = [torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device) for part in self._sums[name]]) for name in names]
+        self._sums = {}
+        if not names:
+            return {}
+        totals = sum_over_ranks(torch.stack(pairs)).tolist()
+        return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}

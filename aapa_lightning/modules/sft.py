@@ -1,0 +1,84 @@
+"""Supervised fine-tuning, anchorable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.loop.demonstrations import demonstration_logprobs
+from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.terms import LossTerm
+from aapa_lightning.loop.window import Window, policy_inputs
+from aapa_lightning.modules.base import PolicyModule
+from aapa_lightning.objectives.sft import sft_loss
+from aapa_lightning.objectives.surrogate import clipped_surrogate
+from aapa_lightning.policy import PolicySpec
+
+
+class SFTModule(PolicyModule):
+    """Token-level negative log-likelihood of expert responses, divided by the tokens of the whole optimiser step.
+
+    With an anchor (AAPA-SFT) it also samples ``anchor_group_size`` responses to each demonstration's prompt and adds the adversarial term
+    over their tokens. Without one nothing is sampled in training.
+
+    Args:
+        policy: which model to train.
+        batch_size: demonstrations of an optimiser step, over all devices and accumulated micro-steps.
+        anchor_group_size: responses per prompt when anchored.
+        clip_low: lower clip of the adversarial term's ratio.
+        clip_high: upper clip.
+        **kwargs: see ``PolicyModule``.
+    """
+
+    needs_experts = "SFT imitates expert responses"
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        *,
+        batch_size: int = 32,
+        anchor_group_size: int = 4,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        self.batch_size = batch_size
+        self.anchor_group_size = anchor_group_size
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+
+    def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
+        """One optimiser step a window; prompts only when anchored."""
+        if self.anchor is not None:
+            self.anchor.check_host(group_size=self.anchor_group_size)
+            if self.anchor.combine != "loss":
+                raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and SFT has none; use combine=loss")
+        return WindowPlan(
+            prompts=self.batch_size if self.anchor is not None else 0,
+            samples=self.anchor_group_size,
+            demonstrations=self.batch_size,
+            accumulate=accumulate,
+            world_size=world_size,
+        )
+
+    def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
+        """Imitation, and the adversarial term when anchored."""
+        rows, counts = window.demonstrations_of(micro_step)
+        logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
+        terms = [LossTerm("sft", sft_loss(logprobs, mask), mask, counts)]
+        if self.anchor is not None:
+            terms.append(self._anchor_term(window, micro_step))
+        return terms
+
+    def _anchor_term(self, window: Window, micro_step: int) -> LossTerm:
+        experience, counts = window.rollouts_of(micro_step)
+        if experience.anchor_advantages is None:
+            raise RuntimeError("the window was collected without an anchor")
+        weight = self.anchor_weight()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            inputs = policy_inputs(self.model, experience, experience.anchor_advantages, self.sampling.temperature)
+            outputs = clipped_surrogate(inputs, clip_low=self.clip_low, clip_high=self.clip_high)
+        return LossTerm("anchor", outputs, experience.loss_mask, counts, weight=weight)

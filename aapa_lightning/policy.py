@@ -1,0 +1,223 @@
+"""The policy: any Hugging Face causal LM and its tokenizer, loaded lazily; and its way back to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from aapa_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class PolicySpec:
+    """Which model to train, and how to load it.
+
+    Args:
+        model: a local folder or a Hub name. None builds a model from ``config`` with random weights.
+        config: ``AutoConfig`` arguments with ``model_type`` (for a model from scratch), or overrides of the loaded config.
+        tokenizer: folder or name; None uses ``model``.
+        revision: Hub revision of model and tokenizer.
+        dtype: dtype of the master weights; float32 unless you know why not (updates at small learning rates round away in bfloat16).
+        attn_implementation: ``auto`` picks flash-attention 2 when it is installed, the GPU is capable and the dtype is 16-bit,
+            else SDPA; any name that transformers knows is passed on.
+        trust_remote_code: run Python code that comes with the model. Off unless you ask.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+        disable_dropout: set every dropout to 0, so that old and new log-probs come from the same function.
+        seed: seed of the weights of a model built from ``config``.
+    """
+
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str = "auto"
+    trust_remote_code: bool = False
+    activation_checkpointing: bool = False
+    disable_dropout: bool = True
+    seed: int = 0
+
+
+def resolve_attention(name: str, dtype: torch.dtype) -> str:
+    """The attention implementation that ``auto`` stands for on this machine; other names are returned unchanged."""
+    if name != "auto":
+        return name
+    from transformers.utils import is_flash_attn_2_available
+
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if capable and half and is_flash_attn_2_available() else "sdpa"
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``"float32"`` to ``torch.float32``.
+
+    Raises:
+        ConfigError: it is no floating dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"policy.dtype: expected float32, bfloat16 or float16, found {name!r}")
+    return dtype
+
+
+def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer. A missing padding token becomes the EOS: masks never look at ids, so the two may be equal.
+
+    Raises:
+        ConfigError: no tokenizer is named, it cannot be loaded, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    source = spec.tokenizer or spec.model
+    if source is None:
+        raise ConfigError("policy: expected `tokenizer` (a folder or name) beside `config`, found none; `aapa data tokenizer` trains one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.tokenizer: cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"policy.tokenizer: {source!r} has no EOS token, so no response could ever end; set `eos_token` in its config")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer as ``spec`` says.
+
+    Raises:
+        ConfigError: nothing to load, nothing there, or a vocabulary that does not hold the tokenizer's tokens.
+    """
+    tokenizer = load_tokenizer(spec)
+    dtype = parse_dtype(spec.dtype)
+    attention = resolve_attention(spec.attn_implementation, dtype)
+    model = _from_config(spec, tokenizer, dtype, attention) if spec.model is None else _from_folder(spec.model, spec, dtype, attention)
+    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"policy: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; "
+            "use the model's own tokenizer or set config.vocab_size"
+        )
+    if spec.disable_dropout:
+        disable_dropout(model)
+    if spec.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not spec.config or "model_type" not in spec.config:
+        raise ConfigError("policy: expected `model` (a folder or name) or `config` with `model_type`, found neither")
+    settings = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        **spec.config,
+    }
+    try:
+        config = AutoConfig.for_model(**settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"policy.config: {_first_line(error)}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=spec.revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=spec.trust_remote_code,
+            **(spec.config or {}),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {_first_line(error)}") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in modules and in attention code that reads ``attention_dropout``."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention layers
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's and those of the model's generation config (chat models often have two)."""
+    ids = {tokenizer.eos_token_id}
+    generation = getattr(model, "generation_config", None)
+    extra = generation.eos_token_id if generation is not None else None
+    ids.update(extra if isinstance(extra, list) else [extra])
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def policy_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The policy's weights out of a Lightning checkpoint, without the ``model.`` prefix."""
+    return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
+
+
+def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | None = None) -> Path:
+    """Write a Hugging Face folder (safetensors, config, tokenizer) from a checkpoint of this library.
+
+    Args:
+        checkpoint: a ``.ckpt`` file; read with ``weights_only=True``.
+        out: folder to write.
+        tokenizer: where the tokenizer lies now, if it has moved since training.
+
+    Returns:
+        ``out``, which ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Raises:
+        ConfigError: the file is missing, not a checkpoint of this library, or its tokenizer is gone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ConfigError(f"export: expected a checkpoint file, found nothing at {path}")
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    saved = loaded.get("aapa", {}).get("policy")
+    if saved is None:
+        raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by SFTModule, GRPOModule or CHORDModule")
+    settings = dict(saved["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    state = policy_state(loaded)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    if missing:
+        raise ConfigError(f"export: {path} lacks weights of the policy it describes: {', '.join(missing[:3])}")
+    if saved["generation_config"]:
+        model.generation_config = GenerationConfig(**saved["generation_config"])
+    loaded_tokenizer = load_tokenizer(PolicySpec(tokenizer=tokenizer or saved["tokenizer"]))
+    save_policy(model, loaded_tokenizer, out)
+    return Path(out)
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder."""
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
