@@ -18,6 +18,7 @@ from pathlib import Path
 
 from aapa_lightning.data.world_grammar import ADJECTIVES, ADVERBS, TIMES, TOPICS, derives, sample_sentence
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.rewards.base import Reward
 from aapa_lightning.types import Instruction, Record
 
 #: Share of prompts in each split; a prompt belongs to one split for ever, whatever the seed.
@@ -152,7 +153,7 @@ def judge(record: Record, response: str) -> Judgement:
     return Judgement(sum(held) / len(held), all(held), formed, success)
 
 
-class _Judge:
+class _Judge(Reward):
     """A reward-like view of one figure of the judgement."""
 
     name = ""

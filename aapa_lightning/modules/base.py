@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from aapa_lightning.modules.checkpointing import check_plan, gather_over_ranks, 
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
-from aapa_lightning.policy import PolicySpec
+from aapa_lightning.policy import PolicySpec, save_policy
 from aapa_lightning.seeds import seed_everything
 from aapa_lightning.types import Demonstration, Record
 
@@ -217,10 +218,18 @@ class PolicyModule(InferenceModule):
         metrics = self._meter.compute(self.sum_over_ranks, self.device)
         metrics |= {"grad_norm": float(norm), "skipped_steps": float(self.skipped.total + (not finite))}
         metrics |= {"anchor/weight": self.anchor_weight()} if self.anchor is not None else {}
-        # values are of all ranks already; `step` pins the row to the optimiser step, also after a resume
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
-        self.log("step", float(self.global_step + 1))
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()})  # of all ranks already
         self.skipped.record(finite, f"step {self.global_step} (window {self._window.number if self._window else 0})")
+
+    @property
+    def window(self) -> Window | None:
+        """The open window of this rank."""
+        return self._window
+
+    def export(self, out: str | Path) -> None:
+        """Write the policy as a Hugging Face folder, on rank 0."""
+        if self.trainer.is_global_zero:
+            save_policy(self.model, self.tokenizer, out)
 
     # Checkpoints ---------------------------------------------------------------------------------------------------------------------
 

@@ -142,10 +142,7 @@ class InferenceModule(L.LightningModule):
             return
         figures = self._evaluator.compute(generated=self.eval_samples > 0, experts=self._with_experts)
         self._evaluator = None
-        # the figures are of all ranks already; `step` pins the row to the optimiser step, also after a resume
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, rank_zero_only=False)
-        if stage == "val":
-            self.log("step", float(self.trainer.global_step))
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})  # of all ranks already
 
     def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the validation split."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.rewards.base import Reward
 from aapa_lightning.types import Record
 
 #: Arguments that TRL's trainer gives and that text alone does not have.
@@ -45,7 +46,7 @@ def _import_file(path: str) -> Any:
     return module
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A user's function ``function(responses, records) -> N numbers``.
 
     Args:
@@ -65,7 +66,7 @@ class FunctionReward:
         return self._function(responses, records)
 
 
-class TRLReward:
+class TRLReward(Reward):
     """A reward function written for TRL: ``function(prompts=..., completions=..., **columns) -> N numbers or None``.
 
     A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are the record's extra

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.rewards.base import Reward
 from aapa_lightning.types import Record
 
 Unit = Literal["words", "characters"]
@@ -27,7 +28,7 @@ def soft_overlong(length: float, limit: float, buffer: float) -> float:
     return -min(max((length - (limit - buffer)) / buffer, 0.0), 1.0) + 0.0
 
 
-class RegexReward:
+class RegexReward(Reward):
     """1 for a response in which a pattern is found, else 0.
 
     Args:
@@ -53,7 +54,7 @@ class RegexReward:
         return [float(self._find(response) is not None) for response in responses]
 
 
-class LengthReward:
+class LengthReward(Reward):
     """1 for a response whose length lies within bounds, else 0.
 
     Args:
@@ -80,7 +81,7 @@ class LengthReward:
         return [float(self.minimum <= text_length(response, self.unit) <= self.maximum) for response in responses]
 
 
-class SoftOverlongReward:
+class SoftOverlongReward(Reward):
     """DAPO's soft overlong punishment in [-1, 0] (``soft_overlong``), over words or characters.
 
     Args:

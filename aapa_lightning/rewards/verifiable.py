@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.instructions import CHECKS, follows, validate_instruction
 from aapa_lightning.types import Record
 
 
-class InstructionReward:
+class InstructionReward(Reward):
     """Whether a response follows its record's instructions (``instructions.CHECKS``; IFEval's strict verdicts).
 
     Args:
