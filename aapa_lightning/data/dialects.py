@@ -31,10 +31,14 @@ Turns = tuple[Message, ...]
 
 def prompt_hash(prompt: str | Sequence[Message]) -> str:
     """SHA-256 (hex) of the prompt as canonical JSON. A chat of one user turn hashes as its text: both are the same prompt."""
-    if not isinstance(prompt, str):
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
-        prompt = turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "user" else json.dumps(turns, sort_keys=True)
-    return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
+    canonical: str | list[dict[str, str]]
+    if isinstance(prompt, str):
+        canonical = prompt
+    elif len(prompt) == 1 and prompt[0]["role"] == "user":
+        canonical = prompt[0]["content"]
+    else:
+        canonical = [{"content": turn["content"], "role": turn["role"]} for turn in prompt]
+    return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
 
 
 def parse_record(row: Mapping[str, Any], source: str) -> Record:
