@@ -75,7 +75,7 @@ def encode_demonstration(
     """
     prompt, prompt_ids = _encode_prompt(tokenizer, record, fmt)
     response = render_response(tokenizer, record, expert, prompt, fmt, eos_token_id)
-    response_ids = [*_continue(tokenizer, prompt, prompt_ids, response), eos_token_id]
+    response_ids = [*_continue(tokenizer, prompt, prompt_ids, response, fmt), eos_token_id]
     if eos_token_id in response_ids[:-1]:
         raise DataError(
             f"{record.source}: the expert response holds the end-of-sequence token {tokenizer.decode([eos_token_id])!r} as text; remove it"
@@ -131,10 +131,7 @@ def fit_lengths(
 def _encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: PromptFormat) -> tuple[str, list[int]]:
     """Text and tokens of a prompt."""
     text = render_prompt(tokenizer, record, fmt)
-    ids = tokens_of(tokenizer, text)
-    bos = tokenizer.bos_token_id
-    if not uses_template(tokenizer, fmt) and bos is not None and tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
-        ids.insert(0, bos)
+    ids = _tokens_with_bos(tokenizer, text, fmt)
     if not ids:
         raise DataError(f"{record.source}: the prompt has no tokens")
     if len(ids) > fmt.max_prompt_tokens:
@@ -142,11 +139,18 @@ def _encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: Prom
     return text, ids
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], response: str) -> list[int]:
+def _tokens_with_bos(tokenizer: PreTrainedTokenizerBase, text: str, fmt: PromptFormat) -> list[int]:
+    """Tokens of a text, after a BOS where no template writes it, the tokenizer wants one and the text does not spell it."""
+    ids = tokens_of(tokenizer, text)
+    bos = tokenizer.bos_token_id
+    if not uses_template(tokenizer, fmt) and isinstance(bos, int) and tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
+        ids.insert(0, bos)
+    return ids
+
+
+def _continue(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], response: str, fmt: PromptFormat) -> list[int]:
     """Tokens of the response: in context if the prompt keeps its tokens there (SentencePiece marks the start of a text), else alone."""
-    whole = tokens_of(tokenizer, prompt + response)
-    if whole[:1] != prompt_ids[:1]:
-        whole = prompt_ids[:1] + whole  # the BOS that we wrote
+    whole = _tokens_with_bos(tokenizer, prompt + response, fmt)
     return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else tokens_of(tokenizer, response)
 
 

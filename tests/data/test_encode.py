@@ -1,7 +1,9 @@
 import logging
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from aapa_lightning.data.encode import OverlongError, PromptFormat, encode_demonstration, encode_prompt, end_of_turn_id, fit_lengths
 from aapa_lightning.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -122,6 +124,30 @@ def test_beginning_of_sequence_is_written_once():
     # A prompt that already spells it.
     _, _, demo = demonstrate(llama, "<s>" + USER["content"], chat_template="never")
     assert demo.input_ids.count(llama.bos_token_id) == 1
+
+
+def test_prompt_and_response_that_would_merge_stay_apart(plain):
+    ids = plain("The", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1, "the tokenizer has no merge for this test"
+    _, learned, demo = demonstrate(plain, "T", expert="he")
+    assert demo.input_ids[:1] == plain("T")["input_ids"]
+    assert learned == "he<|im_end|>"
+    assert plain.decode(demo.input_ids) == "The<|im_end|>"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_sentencepiece_marks_the_start_of_a_text_once(bos):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=["<s>", "<|im_end|>"], show_progress=False))
+    if bos:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>")  # noqa: S106 - tokens, not secrets
+    _, _, demo = demonstrate(tokenizer, "And now?", expert="gulls")
+    alone = tokenizer("gulls", add_special_tokens=False)["input_ids"]
+    assert demo.input_ids[-len(alone) - 1 : -1] != alone, "the tokenizer does not mark the start of a text"
+    assert tokenizer.decode(demo.input_ids, skip_special_tokens=True) == "And now?gulls"
 
 
 def test_llama_turns_end_with_their_own_token():
