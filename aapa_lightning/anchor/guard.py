@@ -117,11 +117,13 @@ class GuardReport:
     """The verdict on one window.
 
     Args:
-        tripped: one sentence per limit that was broken ``patience`` times in a row; empty when all is well.
+        tripped: one sentence per limit that was broken ``patience`` times in a row or more; empty when all is well.
+        fresh: those that reached ``patience`` just now.
         action: what to do about it.
     """
 
     tripped: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
     action: Literal["warn", "stop"] = "warn"
 
 
@@ -175,14 +177,16 @@ class Guard:
         for name in ("length", "entropy"):
             if name in measures:
                 self._first.setdefault(name, measures[name])
-        messages = []
+        tripped, fresh = [], []
         for name, limit, side in [(n, x, "above") for n, x in self.highest.items()] + [(n, x, "below") for n, x in self.lowest.items()]:
             value = values.get(name)
             broken = value is not None and (value > limit if side == "above" else value < limit)
             self._broken[name] = self._broken.get(name, 0) + 1 if broken else 0
             if self._broken[name] >= self.patience:
-                messages.append(f"{name} is {value:.4g}, {side} {limit:g} for {self._broken[name]} windows in a row")
-        return GuardReport(tuple(messages), self.action)
+                tripped.append(f"{name} is {value:.4g}, {side} {limit:g} for {self._broken[name]} windows in a row")
+            if self._broken[name] == self.patience:
+                fresh.append(tripped[-1])
+        return GuardReport(tuple(tripped), tuple(fresh), self.action)
 
     def state_dict(self) -> dict[str, Any]:
         """The first window's measures and how often each limit was broken in a row."""

@@ -117,7 +117,8 @@ class Adaptive(_Wrapper):
         decay: between 0 and 1; 0.8 more than halves lambda in four bad observations.
         recovery: between ``decay`` and 1, closer to 1 so that lambda falls faster than it returns; 1 never recovers.
         minimum: least factor; 0.05 keeps the anchor measurable.
-        tolerance: in units of the task reward.
+        tolerance: in units of the task reward. Window means that merely scatter by 0.05 move the averages 0.015 apart: the default
+            ignores that, and a steady fall of 0.002 a window exceeds it.
         fast: memory of the fast average in observations.
         slow: memory of the slow average in observations.
     """
@@ -129,7 +130,7 @@ class Adaptive(_Wrapper):
         decay: float = 0.8,
         recovery: float = 0.95,
         minimum: float = 0.05,
-        tolerance: float = 0.01,
+        tolerance: float = 0.03,
         fast: float = 5.0,
         slow: float = 25.0,
     ) -> None:

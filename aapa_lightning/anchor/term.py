@@ -160,14 +160,14 @@ class AnchorTerm:
             sum_over_ranks: sums a tensor over ranks, called exactly once.
 
         Returns:
-            Measures to log, of all ranks.
+            Measures to log, of all ranks, and how many windows have tripped the guard so far.
         """
         prompts = dict(zip(rollouts.group_ids.tolist(), rollouts.records, strict=True)).values()
         found = [] if self.bank is None else [self.bank.expert_logits(record) for record in prompts]
         experts = torch.tensor([float(logits.mean()) for logits in found if logits is not None and logits.numel()])
         measures = measure(rollouts, signal, task_rewards, experts, sum_over_ranks=sum_over_ranks)
         self._pending = dict(measures)
-        return self.guard.relative(measures)
+        return {**self.guard.relative(measures), "guard_trips": float(self.trips)}
 
     def advance(self) -> GuardReport | None:
         """Let schedule and guard learn from the last observation. Call when an optimiser step is done.
@@ -227,7 +227,13 @@ class AnchorTerm:
                 f"anchor: the run was started with another discriminator: expected fingerprint {state['fingerprint'][:12]}, "
                 f"found {self.fingerprint()[:12]}; resume with the same discriminator, or start a new run"
             )
-        self.schedule.load_state_dict(state["schedule"])
+        try:
+            self.schedule.load_state_dict(state["schedule"])
+        except KeyError as error:
+            raise ConfigError(
+                f"anchor: the run was started with another weight schedule: {type(self.schedule).__name__} expects {error} in its saved "
+                "state; resume with the same schedule, or start a new run"
+            ) from error
         self.guard.load_state_dict(state["guard"])
         self._pending = None if state["pending"] is None else dict(state["pending"])
         self.windows, self.trips = int(state["windows"]), int(state["trips"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +91,7 @@ class AnchorCallback(Callback):
         if not hasattr(pl_module, "anchor"):
             raise ConfigError(
                 f"AnchorCallback expects a module that asks its attribute `anchor` for the signal, found {type(pl_module).__name__} "
-                "without one; use SFTModule, GRPOModule or CHORDModule, or set `self.anchor = None` in your own and call `self.anchor.signal(...)`"
+                "without one; use SFTModule, GRPOModule or CHORDModule, or set `self.anchor = None` in your own module and call it"
             )
         if self.term is None:
             self.term = self._build()
@@ -134,14 +133,10 @@ class AnchorCallback(Callback):
         report = self.term.advance()
         if report is None or not report.tripped:
             return
-        message = f"anchor guard at step {trainer.global_step}: " + "; ".join(report.tripped)
-        if report.action == "stop":
-            message += "; the run stops"
-            trainer.should_stop = True
-        # Every trip is news, also one that reads like the last.
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            rank_zero_warn(message)
+        stops = report.action == "stop"
+        if report.fresh:
+            rank_zero_warn(f"anchor guard at step {trainer.global_step}: {'; '.join(report.fresh)}{'; the run stops' if stops else ''}")
+        trainer.should_stop = trainer.should_stop or stops
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was found."""

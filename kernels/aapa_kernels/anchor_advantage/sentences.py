@@ -89,4 +89,6 @@ def suffix_sums(values: Tensor, response_index: Tensor, num_responses: int) -> T
     position = torch.arange(values.shape[0], device=values.device) - first[response_index]
     rows = values.new_zeros(num_responses, int(sentences.max()) if len(sentences) else 0)
     rows[response_index, position] = values
-    return rows.flip(1).cumsum(1).flip(1)[response_index, position]
+    for k in reversed(range(rows.shape[1] - 1)):  # cumsum of floats has no deterministic form on CUDA
+        rows[:, k] += rows[:, k + 1]
+    return rows[response_index, position]
