@@ -79,7 +79,7 @@ class Policy(L.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        assert self.anchor is None or not self.anchor.discriminator.training
+        assert not getattr(getattr(self.anchor, "discriminator", None), "training", False)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.1)
