@@ -167,7 +167,7 @@ class AnchorTerm:
         experts = torch.tensor([float(logits.mean()) for logits in found if logits is not None and logits.numel()])
         measures = measure(rollouts, signal, task_rewards, experts, sum_over_ranks=sum_over_ranks)
         self._pending = dict(measures)
-        return {**self.guard.relative(measures), "guard_trips": float(self.trips)}
+        return {**self.guard.relative(measures), "trips": float(self.trips)}
 
     def advance(self) -> GuardReport | None:
         """Let schedule and guard learn from the last observation. Call when an optimiser step is done.
