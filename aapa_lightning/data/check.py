@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,7 @@ def check_dataset(
     *,
     split: str | None = None,
     experts: str | None = None,
+    columns: Mapping[str, str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fmt: PromptFormat | None = None,
     eos_token_id: int | None = None,
@@ -109,6 +110,7 @@ def check_dataset(
         path: as for ``read_records``.
         split: as for ``read_records``.
         experts: a response file to join.
+        columns: as for ``read_records``.
         tokenizer: measures lengths in tokens and applies the limits of ``fmt``; without it lengths are characters.
         fmt: how records become tokens; default ``PromptFormat()``. A row over a limit is an error unless ``overlong`` is ``drop``.
         eos_token_id: ends an expert response; default the tokenizer's.
@@ -125,7 +127,7 @@ def check_dataset(
         if len(report.errors) < limit:
             report.errors.append(str(error))
 
-    records: Sequence[Record] | Iterator[Record] = _parsed(path, split, report, complain)
+    records: Sequence[Record] | Iterator[Record] = _parsed(row_parsers(path, split=split, columns=columns), report, complain)
     if experts:
         records = list(records)
         try:
@@ -147,8 +149,8 @@ def check_dataset(
     return report
 
 
-def _parsed(path: str, split: str | None, report: CheckReport, complain: Callable[[DataError], None]) -> Iterator[Record]:
-    for parse in row_parsers(path, split=split):
+def _parsed(rows: Iterable[Callable[[], Record]], report: CheckReport, complain: Callable[[DataError], None]) -> Iterator[Record]:
+    for parse in rows:
         report.rows += 1
         try:
             yield parse()

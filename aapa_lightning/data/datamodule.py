@@ -22,6 +22,7 @@ class AapaDataModule(L.LightningDataModule):
         test: test records; None tests on the validation split.
         demonstrations: what is imitated (SFT, CHORD); None takes ``train``.
         experts: a response file whose responses become the experts of all splits, joined by key or prompt.
+        columns: fields that have another name in the files, field to column: ``{"expert": "response"}``.
         val_fraction: share of training prompts held out when ``val`` is None; 0 holds none out.
         seed: seed of that split.
     """
@@ -34,12 +35,14 @@ class AapaDataModule(L.LightningDataModule):
         test: str | Sequence[Record] | None = None,
         demonstrations: str | Sequence[Record] | None = None,
         experts: str | None = None,
+        columns: dict[str, str] | None = None,
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
         self._experts = experts
+        self._columns = columns
         self._val_fraction = val_fraction
         self._seed = seed
         self._splits: dict[str, Sequence[Record]] = {}
@@ -56,7 +59,7 @@ class AapaDataModule(L.LightningDataModule):
     def _read(self, source: str | Sequence[Record]) -> Sequence[Record]:
         if not isinstance(source, (str, Path)):
             return source
-        return read_records(str(source), experts=self._experts)
+        return read_records(str(source), experts=self._experts, columns=self._columns)
 
     def _require(self, name: str) -> Sequence[Record]:
         if name not in self._splits:

@@ -41,7 +41,7 @@ def prompt_hash(prompt: str | Sequence[Message]) -> str:
     return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
 
 
-def parse_record(row: Mapping[str, Any], source: str) -> Record:
+def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str] | None = None) -> Record:
     """Validate one row in any dialect.
 
     Where a row has both ``prompt`` and ``messages`` and no expert of its own, the conversation is read from ``messages``.
@@ -49,13 +49,14 @@ def parse_record(row: Mapping[str, Any], source: str) -> Record:
     Args:
         row: the columns.
         source: ``file:line`` or ``dataset:row``, named in every error.
+        columns: where a field has another name in this dataset: field to column, ``{"expert": "response"}``.
 
     Raises:
-        DataError: a field is missing, empty or of the wrong type.
+        DataError: a field is missing, empty or of the wrong type, or a column of ``columns`` is missing.
     """
-    columns = {name: value for name, value in row.items() if value is not None}
-    prompt, experts = _conversation(columns, source)
-    prompt, chosen, rejected = _pair(columns, prompt, source)
+    fields = {name: value for name, value in _renamed(row, columns or {}, source).items() if value is not None}
+    prompt, experts = _conversation(fields, source)
+    prompt, chosen, rejected = _pair(fields, prompt, source)
     if prompt is None:
         raise DataError(
             f"{source}: no prompt; expected a column 'prompt' (text or chat turns) or 'messages', found columns {sorted(map(str, row))}"
@@ -63,13 +64,21 @@ def parse_record(row: Mapping[str, Any], source: str) -> Record:
     return Record(
         prompt=prompt,
         experts=experts,
-        instructions=_instructions(columns, source),
+        instructions=_instructions(fields, source),
         chosen=chosen,
         rejected=rejected,
-        key=scalar_key(columns.pop("key", None), source),
-        extra=columns,
+        key=scalar_key(fields.pop("key", None), source),
+        extra=fields,
         source=source,
     )
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
+    if missing := [column for column in columns.values() if column not in row]:
+        raise DataError(f"{source}: columns names {missing[0]!r}, found only {sorted(map(str, row))}")
+    taken = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return kept | {field: row[column] for field, column in columns.items()}
 
 
 def text(value: Any, what: str, source: str, *, allow_empty: bool = False) -> str:
@@ -221,13 +230,23 @@ def _instructions(columns: dict[str, Any], source: str) -> tuple[Instruction, ..
         pairs = [(row["id"], row.get("kwargs")) for row in rows]
     elif "instruction_id_list" in columns:
         ids = _list(columns.pop("instruction_id_list"), "instruction_id_list", source)
-        kwargs = _list(columns.pop("kwargs", [None] * len(ids)), "kwargs", source)
+        kwargs = _list(_parsed_json(columns.pop("kwargs", [None] * len(ids)), source), "kwargs", source)
         if len(ids) != len(kwargs):
             raise DataError(f"{source}: {len(ids)} ids in 'instruction_id_list' but {len(kwargs)} entries in 'kwargs'; expected one each")
         pairs = list(zip(ids, kwargs, strict=True))
     else:
         return ()
     return tuple(_instruction(i, id_, kwargs, source) for i, (id_, kwargs) in enumerate(pairs))
+
+
+def _parsed_json(kwargs: Any, source: str) -> Any:
+    """Arguments that a dataset keeps as JSON text, read."""
+    if not isinstance(kwargs, str):
+        return kwargs
+    try:
+        return json.loads(kwargs)
+    except ValueError as error:
+        raise DataError(f"{source}: 'kwargs' is text but not JSON: {error}") from error
 
 
 def _instruction(i: int, id_: Any, kwargs: Any, source: str) -> Instruction:

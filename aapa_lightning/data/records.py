@@ -7,7 +7,7 @@ JSONL is validated whole when it is read. Parquet and ``datasets`` stay memory-m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,9 @@ def _picked(records: Sequence[Record], indices: Sequence[int], i: int) -> Record
     return records[indices[i]]
 
 
-def read_records(path: str, *, split: str | None = None, experts: str | None = None) -> Sequence[Record]:
+def read_records(
+    path: str, *, split: str | None = None, experts: str | None = None, columns: Mapping[str, str] | None = None
+) -> Sequence[Record]:
     """Read a dataset.
 
     Args:
@@ -81,6 +83,7 @@ def read_records(path: str, *, split: str | None = None, experts: str | None = N
             ``name:split`` or ``name@config:split``.
         split: the split of a folder or Hub dataset; default ``train``. Files have none.
         experts: a response file whose responses become experts of the records they answer (truncated ones do not), after the records' own.
+        columns: fields that have another name in this dataset, field to column: ``{"expert": "response"}``.
 
     Returns:
         The records, at least one.
@@ -92,23 +95,23 @@ def read_records(path: str, *, split: str | None = None, experts: str | None = N
     records: Sequence[Record]
     if _is_json(path):
         _refuse_split(path, split)
-        records = [parse_record(parse_line(source, line), source) for source, line in iter_lines(path)]
+        records = [parse_record(parse_line(source, line), source, columns) for source, line in iter_lines(path)]
     else:
         rows = open_dataset(path, split)
-        records = LazyRecords(partial(_parsed, rows, path), len(rows))
+        records = LazyRecords(partial(_parsed, rows, path, columns), len(rows))
     if not records:
         raise DataError(f"{path} is empty; expected at least one record (one JSON object a line with 'prompt' or 'messages')")
     records[0]
     return attach_experts(records, experts) if experts else records
 
 
-def row_parsers(path: str, *, split: str | None = None) -> Iterable[Callable[[], Record]]:
+def row_parsers(path: str, *, split: str | None = None, columns: Mapping[str, str] | None = None) -> Iterable[Callable[[], Record]]:
     """One call per row that makes its record or raises DataError: to look at every row, whatever is wrong with the others."""
     if _is_json(path):
         _refuse_split(path, split)
-        return (partial(_parsed_line, source, line) for source, line in iter_lines(path))
+        return (partial(_parsed_line, source, line, columns) for source, line in iter_lines(path))
     rows = open_dataset(path, split)
-    return (partial(_parsed, rows, path, i) for i in range(len(rows)))
+    return (partial(_parsed, rows, path, columns, i) for i in range(len(rows)))
 
 
 def attach_experts(records: Sequence[Record], path: str) -> Sequence[Record]:
@@ -226,12 +229,12 @@ def _refuse_split(path: str, split: str | None) -> None:
         raise ConfigError(f"{path} is one file and has no split {split!r}; leave split out, or give a folder or a Hub name")
 
 
-def _parsed_line(source: str, line: bytes) -> Record:
-    return parse_record(parse_line(source, line), source)
+def _parsed_line(source: str, line: bytes, columns: Mapping[str, str] | None) -> Record:
+    return parse_record(parse_line(source, line), source, columns)
 
 
-def _parsed(rows: Dataset, path: str, i: int) -> Record:
-    return parse_record(rows[i], f"{path}:row {i}")
+def _parsed(rows: Dataset, path: str, columns: Mapping[str, str] | None, i: int) -> Record:
+    return parse_record(rows[i], f"{path}:row {i}", columns)
 
 
 def _with_experts(records: Sequence[Record], joined: Sequence[Sequence[Response]], i: int) -> Record:

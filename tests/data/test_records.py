@@ -328,3 +328,28 @@ def test_real_prompts(aapa_data):
     assert len(records) == 541
     assert [record.key for record in records if not record.experts] == ["2785"]
     assert sum(len(record.instructions) for record in records) == 834
+
+
+def test_columns_rename_fields(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "Q?", "response": "A.", "prompt": "other"}) + "\n")
+    (record,) = read_records(str(path), columns={"prompt": "question", "expert": "response"})
+    assert (record.prompt, record.experts, dict(record.extra)) == ("Q?", ("A.",), {})
+
+
+def test_columns_that_are_missing_are_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Q?"}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: columns names 'response', found only \['prompt'\]"):
+        read_records(str(path), columns={"expert": "response"})
+
+
+@pytest.mark.parametrize(("kwargs", "match"), [('[{"num_words": 3}]', None), ("[{", "'kwargs' is text but not JSON")])
+def test_ifeval_arguments_may_be_json_text(tmp_path, kwargs, match):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Q?", "instruction_id_list": ["length_constraints:number_words"], "kwargs": kwargs}) + "\n")
+    if match:
+        with pytest.raises(DataError, match=match):
+            read_records(str(path))
+    else:
+        assert read_records(str(path))[0].instructions[0].kwargs == {"num_words": 3}
