@@ -29,9 +29,7 @@ COMMANDS = {
     ),
     "validate": Command("train", "measure a run on its validation split", "aapa validate --config runs/grpo/config.yaml"),
     "test": Command("train", "measure a run on its test split", "aapa test --config runs/grpo/config.yaml"),
-    "predict": Command(
-        "train", "write a policy's responses to a file", "aapa predict --config runs/sft/config.yaml --run_dir runs/rollouts"
-    ),
+    "predict": Command("train", "write a policy's responses to a file", "aapa predict --config runs/sft/config.yaml"),
     "recipe": Command("recipe", "run the stages of a recipe in order", "aapa recipe configs/recipes/quickstart.yaml"),
     "bank": Command(
         "bank", "build a bank of expert responses", "aapa bank build --data train.jsonl --discriminator runs/disc/export --out bank"

@@ -94,6 +94,7 @@ class RunFolder(Callback):
     def __init__(self, run_dir: str | os.PathLike[str], config: str) -> None:
         self.run_dir = Path(run_dir)
         self.config = config
+        self._resumed = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,6 +106,15 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.trim(trainer.global_step)
+        self._resumed = trainer.global_step > 0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._resumed and pl_module.automatic_optimization:
+            # Resumed from the end of a validation that is not due any more (a finished run with more steps), Lightning's own count of
+            # logged steps is one behind, and the first row would overwrite the last.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        self._resumed = False
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

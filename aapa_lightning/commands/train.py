@@ -7,15 +7,16 @@ import logging
 import pkgutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
@@ -24,6 +25,8 @@ from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.cli import COMMANDS, TRAINER_COMMANDS
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
+from aapa_lightning.modules.inference import InferenceModule
+from aapa_lightning.policy import export_policy
 from aapa_lightning.runs import MetricsCSV, last_checkpoint
 
 #: Packages whose classes a configuration may name without their path.
@@ -45,10 +48,21 @@ def import_components() -> None:
 def run_trainer(arguments: list[str]) -> int:
     """Run one of the trainer commands; ``arguments`` starts with its name."""
     import_components()
-    warnings.filterwarnings("ignore", message=".*was deprecated in v4", module="jsonargparse")  # calls of LightningCLI, ours to silence
+    warnings.filterwarnings("ignore", message=r"[\s\S]*(deprecated in v4|JSONARGPARSE_DEPRECATION)")  # calls of LightningCLI
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     AapaCLI(arguments)
     return 0
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two instead of listing every option."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ConfigError(f"{message}\n{parser.prog.replace(' [options]', '')} --help lists the options")
 
 
 class AapaCLI(LightningCLI):
@@ -69,6 +83,7 @@ class AapaCLI(LightningCLI):
             save_config_callback=None,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
             seed_everything_default=0,
+            parser_class=Parser,
             parser_kwargs={"prog": "aapa", **(descriptions if run else {})},
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -95,6 +110,10 @@ class AapaCLI(LightningCLI):
         return parser
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    @override
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would replace arguments by what an earlier run saved, without a word."""
 
@@ -107,6 +126,8 @@ class AapaCLI(LightningCLI):
             self._claim()
         elif self.subcommand and self.checkpoint is None and last_checkpoint(self.run_dir).exists():
             self.checkpoint = str(last_checkpoint(self.run_dir))
+        if self.subcommand not in (None, "fit") and not _get_rank():
+            print(f"{self.subcommand}: weights of {self.checkpoint or 'a fresh model, no checkpoint given or in ' + str(self.run_dir)}")
 
     def _claim(self) -> None:
         """Refuse a folder that holds another run; find the checkpoint to continue."""
@@ -114,7 +135,7 @@ class AapaCLI(LightningCLI):
             if self.checkpoint is None and not last_checkpoint(self.run_dir).exists():
                 raise ConfigError(f"--resume: no checkpoint at {last_checkpoint(self.run_dir)}; leave --resume out to start the run")
             self.checkpoint = self.checkpoint or str(last_checkpoint(self.run_dir))
-        elif rank_zero_only.rank == 0 and not self._dry and _holds_run(self.run_dir):
+        elif not _get_rank() and not self._dry and _holds_run(self.run_dir):
             raise ConfigError(
                 f"{self.run_dir} already holds a run; continue it with --resume, choose another folder with --run_dir, or remove it"
             )
@@ -132,7 +153,13 @@ class AapaCLI(LightningCLI):
         config["plugins"] = plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        return self._instantiate_trainer(config, self._callbacks(config))
+        try:
+            return self._instantiate_trainer(config, self._callbacks(config))
+        except (MisconfigurationException, ValueError) as error:
+            if "No supported gpu backend" not in str(error):
+                raise ConfigError(f"trainer: {error}") from error
+            found = f"torch {torch.__version__} finds none; use --trainer.accelerator cpu, or install a torch built for your GPU"
+            raise ConfigError(f"trainer.accelerator {config['accelerator']}: expected a GPU, {found}") from error
 
     def _loggers(self, chosen: Any) -> bool | list[Logger]:
         """Ours first, then the configuration's; none for ``logger: false`` and outside training."""
@@ -140,22 +167,25 @@ class AapaCLI(LightningCLI):
             return False
         ours: list[Logger] = [MetricsCSV(self.run_dir)]
         if chosen in (None, True) and RequirementCache("tensorboard"):
-            purge = {"purge_step": _saved_step(self.checkpoint)} if self.resume else {}
-            ours.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard", **purge))
+            purge: dict[str, Any] = {"purge_step": _saved_step(self.checkpoint)} if self.resume else {}
+            ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours
         return ours + (list(chosen) if isinstance(chosen, list | tuple) else [chosen])
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        ours: list[Callback] = []
         if self.subcommand == "predict":
-            path = self.run_dir / "responses.jsonl"
-            if rank_zero_only.rank == 0 and path.exists():
-                raise ConfigError(f"{path} already exists; choose another folder with --run_dir, or remove the file")
-            return [ResponseWriter(path)]
-        if self.subcommand != "fit" or self._dry:
-            return []
-        ours: list[Callback] = [RunFolder(self.run_dir, self._resolved())]
-        return ours if config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
+            ours.append(ResponseWriter(self._response_file()))
+        elif self.subcommand == "fit" and not self._dry:
+            ours.append(RunFolder(self.run_dir, self._resolved()))
+        return ours if self._dry or config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
+
+    def _response_file(self) -> Path:
+        path = self.run_dir / "responses.jsonl"
+        if not _get_rank() and path.exists():
+            raise ConfigError(f"{path} already exists; choose another folder with --run_dir, or remove the file")
+        return path
 
     def _resolved(self) -> str:
         """The configuration as text that every trainer command accepts as ``--config``."""
@@ -172,11 +202,23 @@ class AapaCLI(LightningCLI):
         """Export the model where its module can, then measure on the test split where asked."""
         if self._dry:
             return
-        export = getattr(self.model, "export", None)
-        if callable(export):
-            export(self.run_dir / "export")
+        self._export()
         if self._get(self.config, "test"):
             self.test(model=self.model, datamodule=self.datamodule)
+
+    def before_fit(self) -> None:
+        """Policies' loaders start where the checkpoint stopped, so Lightning need not warn that plain loaders do not."""
+        if isinstance(self.model, InferenceModule):
+            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+
+    def _export(self) -> None:
+        """The module's own ``export(folder)``, called on every rank, or the policy of the last checkpoint."""
+        folder, last = self.run_dir / "export", last_checkpoint(self.run_dir)
+        if callable(getattr(self.model, "export", None)):
+            self.model.export(folder)  # type: ignore[operator]  # a module's attributes are typed as tensors
+        elif isinstance(self.model, InferenceModule) and last.is_file() and self.trainer.is_global_zero:
+            export_policy(last, folder)
+        self.trainer.strategy.barrier()
 
     def test(self, **kwargs: Any) -> None:
         """Measure on the test split and write ``test_metrics.json``."""

@@ -1,7 +1,8 @@
 """References in a recipe: what a stage knows of the recipe, of itself and of earlier stages.
 
-``${run_dir}``, ``${round}`` (from 1), ``${self.run_dir}``, ``${self.name}``, ``${stages.NAME.run_dir}`` (an earlier stage; its latest round),
-``${previous.NAME.run_dir}`` (the stage in the round before), ``${vars.NAME}``, ``${env.NAME}``. In ``${A or B}`` the first that exists counts.
+``${run_dir}``, ``${round}`` (from 1), ``${self.run_dir}``, ``${self.name}``, ``${vars.NAME}``, ``${env.NAME}``,
+``${stages.NAME.run_dir}`` (an earlier stage; its latest round), ``${previous.NAME.run_dir}`` (the stage in the round before).
+In ``${A or B}`` the first that exists counts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+"""``aapa bank``: build a bank of expert responses with their sentence logits."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    example = "example: aapa bank build --data train.jsonl --discriminator runs/disc/export --out bank"
+    build = actions.add_parser("build", help="score the expert responses of a dataset", epilog=example)
+    build.add_argument("--data", required=True, help="records with expert responses")
+    build.add_argument("--split", help="split of a datasets name or folder")
+    build.add_argument("--experts", metavar="FILE", help="response file whose responses become the experts")
+    build.add_argument("--discriminator", required=True, help="folder that a discriminator run exported")
+    build.add_argument("--encoder", help="where the discriminator's encoder lies now, if it has moved")
+    build.add_argument("--out", required=True, help="folder to write; an existing bank is replaced")
+    build.add_argument("--batch-size", type=int, default=256, help="records scored at a time (default: %(default)s)")
+    build.add_argument("--device", default="cpu", help="where to score (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the bank."""
+    import torch
+
+    from aapa_lightning.anchor.bank import ExpertBank
+    from aapa_lightning.anchor.load import load_discriminator
+    from aapa_lightning.data.records import read_records
+    from aapa_lightning.errors import ConfigError
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {args.device}: torch {torch.__version__} finds no GPU; use --device cpu")
+    records = read_records(args.data, split=args.split, experts=args.experts)
+    discriminator = load_discriminator(args.discriminator, encoder=args.encoder).to(args.device)
+    bank = ExpertBank.build(args.out, records, discriminator, batch_size=args.batch_size)
+    print(f"{len(bank)} records, written to {args.out}")
+    return 0

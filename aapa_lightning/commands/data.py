@@ -1,0 +1,78 @@
+"""``aapa data``: check a dataset, train a tokenizer, write the synthetic world."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aapa_lightning.types import Message
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="validate every record", epilog="example: aapa data check train.jsonl --json")
+    check.add_argument("path", help="JSONL or Parquet file, or a datasets name or folder")
+    check.add_argument("--split", help="split of a datasets name or folder")
+    check.add_argument("--experts", metavar="FILE", help="response file whose responses become the experts")
+    check.add_argument("--tokenizer", help="folder or name; lengths are then tokens and the limits count")
+    check.add_argument("--max-prompt-tokens", type=int, default=1024, help="limit on prompts (default: %(default)s)")
+    check.add_argument("--max-response-tokens", type=int, default=1024, help="limit on experts (default: %(default)s)")
+    check.add_argument("--errors", type=int, default=20, help="errors to list; all are counted (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+    tokenizer = actions.add_parser(
+        "tokenizer", help="train a byte-level BPE", epilog="example: aapa data tokenizer train.jsonl --out tokenizer"
+    )
+    tokenizer.add_argument("paths", nargs="+", metavar="PATH", help="record files; prompts and experts are learnt from")
+    tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens at most (default: %(default)s)")
+    tokenizer.add_argument("--out", required=True, help="folder to write")
+    world = actions.add_parser("synthetic", help="write the synthetic instruction world", epilog="example: aapa data synthetic --out world")
+    world.add_argument("--out", required=True, help="folder to write")
+    world.add_argument("--train", type=int, default=2000, help="training records (default: %(default)s)")
+    world.add_argument("--val", type=int, default=200, help="validation records (default: %(default)s)")
+    world.add_argument("--test", type=int, default=200, help="test records (default: %(default)s)")
+    world.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
+    world.add_argument("--vocab-size", type=int, default=600, help="tokens of its tokenizer (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action."""
+    return {"check": _check, "tokenizer": _tokenizer, "synthetic": _synthetic}[args.action](args)
+
+
+def _synthetic(args: argparse.Namespace) -> int:
+    from aapa_lightning.data.synthetic import write_world
+
+    folder = write_world(args.out, train=args.train, val=args.val, test=args.test, seed=args.seed, vocab_size=args.vocab_size)
+    print(f"written to {folder}")
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from aapa_lightning.data.records import read_records
+    from aapa_lightning.data.tokenizer import train_tokenizer
+
+    records = (record for path in args.paths for record in read_records(path))
+    texts = (text for record in records for text in (_text(record.prompt), *record.experts))
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    tokenizer.save_pretrained(args.out)
+    print(f"{len(tokenizer)} tokens, written to {args.out}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from aapa_lightning.data.check import check_dataset
+    from aapa_lightning.data.prompt_format import PromptFormat
+    from aapa_lightning.policy import PolicySpec, load_tokenizer
+
+    tokenizer = load_tokenizer(PolicySpec(tokenizer=args.tokenizer)) if args.tokenizer else None
+    limits = PromptFormat(max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens)
+    report = check_dataset(args.path, split=args.split, experts=args.experts, tokenizer=tokenizer, fmt=limits, limit=args.errors)
+    print(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
+    return 0 if report.ok else 2
+
+
+def _text(prompt: str | tuple[Message, ...]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)

@@ -1,0 +1,27 @@
+"""``aapa export``: a checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from aapa_lightning.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run folder (its last checkpoint)")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--tokenizer", help="where the tokenizer lies now, if it has moved since training")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export the policy."""
+    from aapa_lightning.policy import export_policy
+
+    given, out = Path(args.checkpoint), Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} already exists; name a new folder, or remove it")
+    export_policy(given / "checkpoints" / "last.ckpt" if given.is_dir() else given, out, tokenizer=args.tokenizer)
+    print(f"written to {out}")
+    return 0
