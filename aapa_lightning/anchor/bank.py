@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.files import read_json, write_json
+from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.files import write_json
 from aapa_lightning.types import Record
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ class ExpertBank:
         """Expert responses to the prompt with this hash; see ``mean_logit`` for the arguments and errors."""
         return [text for row in self._rows_of(key, source) for text in row["experts"]]
 
-    def logits(self, key: str, *, source: str = "") -> list[Tensor]:
-        """Sentence logits of each expert response, float32 ``[K]``; see ``mean_logit``."""
-        return [torch.tensor(values, dtype=torch.float32) for row in self._rows_of(key, source) for values in row["logits"]]
+    def expert_logits(self, record: Record) -> Tensor | None:
+        """Logits of all sentences of the expert responses to a record's prompt, float32 ``[K]``; None for an unknown prompt."""
+        return _joined(self._find(prompt_hash(record.prompt)))
 
     def mean_logit(self, key: str, *, source: str = "") -> float:
         """Mean logit over all sentences of the prompt's expert responses.
@@ -88,13 +90,8 @@ class ExpertBank:
         Raises:
             DataError: the bank has no such prompt.
         """
-        return float(torch.cat(self.logits(key, source=source)).mean())
-
-    def mean_logits(self, records: Sequence[Record]) -> Tensor:
-        """``mean_logit`` of each record's prompt, float32 ``[N]``. Raises DataError naming the record that the bank lacks."""
-        keys = [(prompt_hash(record.prompt), record.source) for record in records]
-        table = {key: self.mean_logit(key, source=source) for key, source in dict(keys).items()}
-        return torch.tensor([table[key] for key, _ in keys], dtype=torch.float32)
+        logits = _joined(self._rows_of(key, source))
+        return float(logits.mean()) if logits is not None else 0.0
 
     def _find(self, key: str) -> list[dict[str, Any]]:
         prefix = int(key[:15], 16)
@@ -113,8 +110,6 @@ class ExpertBank:
         return rows
 
     def _row(self, number: int) -> dict[str, Any]:
-        import bisect
-
         batch = bisect.bisect_right(self._offsets, number) - 1
         return self._rows.get_batch(batch).slice(number - self._offsets[batch], 1).to_pylist()[0]
 
@@ -162,6 +157,11 @@ class ExpertBank:
             shutil.rmtree(target)
         os.replace(partial, target)
         return cls(target)
+
+
+def _joined(rows: list[dict[str, Any]]) -> Tensor | None:
+    values = [value for row in rows for logits in row["logits"] for value in logits]
+    return torch.tensor(values, dtype=torch.float32) if values else None
 
 
 def _segmenter_for(discriminator: Discriminator, segmenter: Segmenter | None) -> Segmenter:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
-from aapa_lightning.anchor.files import read_json, write_json
+from aapa_lightning.anchor.files import read_json
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import write_json
 from aapa_lightning.types import Record, SentenceSpans
 
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder, hash_tensors
-from aapa_lightning.anchor.files import read_json, read_tensors, write_json, write_tensors
+from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen, sentence_features
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
+from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.files import write_json
 from aapa_lightning.types import Record, SentenceSpans
 
 HEAD_FILE = "head.safetensors"
@@ -29,21 +31,24 @@ def fold_of(prompt: str | tuple, folds: int) -> int:
     return int(prompt_hash(prompt)[:8], 16) % folds
 
 
-def pick_reference(text: str, record: Record, *, strict: bool) -> str:
-    """The first expert response other than ``text``.
+def pick_reference(text: str, record: Record, *, strict: bool, turn: int = 0) -> str:
+    """An expert response other than ``text``, without its thinking.
 
     Args:
         text: the response to be judged.
         record: its record.
         strict: an expert response must not be its own reference: refuse when there is no other. Otherwise a rollout that repeats
             the only expert response is compared with it.
+        turn: which of the other expert responses, counted round and round; the first by default.
 
     Raises:
         DataError: no expert response that will do; names the record.
     """
-    others = [expert for expert in record.experts if expert != text]
-    if others or (record.experts and not strict):
-        return (others or list(record.experts))[0]
+    answers = [expert[answer_start(expert) :] for expert in record.experts]
+    others = [answer for answer, expert in zip(answers, record.experts, strict=True) if text not in (answer, expert)]
+    usable = others if strict else others or answers
+    if usable:
+        return usable[turn % len(usable)]
     needed = "another expert response than the one judged" if record.experts else "an expert response"
     raise DataError(f"{record.source}: the discriminator's 'reference' feature needs {needed}; found {len(record.experts)} in 'experts'")
 
@@ -81,6 +86,7 @@ class EncoderHeadDiscriminator:
             )
         self.encoder, self.features, self.segmenter = encoder, tuple(features), segmenter or Segmenter()
         self.head = head.eval().requires_grad_(False)
+        self.network = encoder.model  # networks are frozen where they are attributes
         self.metrics = dict(metrics or {})
         self.needs_experts = "reference" in features
 

@@ -1,9 +1,8 @@
-"""Reading and writing small folders of JSON and safetensors, whole or not at all."""
+"""JSON and safetensors of a discriminator's folder, with errors that a user can mend."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from aapa_lightning.errors import ConfigError
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON beside the target, then move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+from aapa_lightning.files import atomic_write
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,13 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors beside the target, then move it into place."""
-    from safetensors.torch import save_file
+    """Write safetensors, whole or not at all."""
+    from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,135 @@
+"""The pure part of training a discriminator: examples -> features, weights and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder
+from aapa_lightning.anchor.encoder_head import embed_references, fold_of, pick_reference
+from aapa_lightning.anchor.head import Feature, sentence_features
+from aapa_lightning.anchor.segment import Segmenter, segment_texts
+from aapa_lightning.anchor.thinking import answer_start
+from aapa_lightning.data.examples import Example
+from aapa_lightning.data.records import prompt_hash
+
+
+@dataclass(slots=True)
+class EncodedExamples:
+    """Features of ``N`` examples with ``S`` sentences, on the CPU.
+
+    Args:
+        features: float32 ``[S, F]``.
+        response_index: int64 ``[S]``.
+        seen: bool ``[S]``; sentences that the encoder did not see are not trained on.
+        labels: bool ``[N]``, written by an expert.
+        groups: int64 ``[N]``, number of the prompt.
+        folds: int64 ``[N]``, cross-fitting fold of the prompt.
+        lengths: int64 ``[N]``, characters.
+    """
+
+    features: Tensor
+    response_index: Tensor
+    seen: Tensor
+    labels: Tensor
+    groups: Tensor
+    folds: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sentences_of(self, responses: Tensor) -> tuple[Tensor, Tensor]:
+        """Seen sentences of responses int64 ``[B]``: their rows int64 ``[s]``, and for each its place in ``responses``."""
+        place = torch.full((len(self),), -1, dtype=torch.int64)
+        place[responses] = torch.arange(len(responses))
+        rows = torch.nonzero((place[self.response_index] >= 0) & self.seen).squeeze(-1)
+        return rows, place[self.response_index[rows]]
+
+    def unseen_as_embedded(self) -> Embedded:
+        """The shape that ``fill_unseen`` takes."""
+        return Embedded(self.features, self.seen.long(), self.response_index, len(self))
+
+
+def encode_examples(
+    encoder: FrozenEncoder,
+    segmenter: Segmenter,
+    names: Sequence[Feature],
+    examples: Sequence[Example],
+    *,
+    folds: int,
+    score_thinking: bool = False,
+) -> EncodedExamples:
+    """Encode every example once.
+
+    Raises:
+        DataError: ``reference`` is among the features and a record has no other expert response to compare with.
+    """
+    texts = [example.text if score_thinking else example.text[answer_start(example.text) :] for example in examples]
+    records = [example.record for example in examples]
+    embedded = encoder([record.prompt for record in records], texts, segment_texts(texts, segmenter).char_spans)
+    references: Embedded | None = None
+    reference_of: list[int] = []
+    if "reference" in names:
+        # turns go round within each class, so that the identity of the reference does not tell the label
+        chosen = [
+            (record, pick_reference(text, record, strict=True, turn=i)) for i, (record, text) in enumerate(zip(records, texts, strict=True))
+        ]
+        references, reference_of = embed_references(encoder, segmenter, chosen)
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(prompt_hash(record.prompt), len(numbers)) for record in records]
+    return EncodedExamples(
+        features=sentence_features(names, embedded, references, reference_of).cpu(),
+        response_index=embedded.response_index.cpu(),
+        seen=(embedded.counts > 0).cpu(),
+        labels=torch.tensor([example.kind == "expert" for example in examples]),
+        groups=torch.tensor(groups),
+        folds=torch.tensor([fold_of(record.prompt, folds) for record in records]),
+        lengths=torch.tensor([len(text) for text in texts]),
+    )
+
+
+def response_weights(labels: Tensor, folds: Tensor, count: int) -> Tensor:
+    """Weight of each response for each head: both classes sum to the same, a head's own fold weighs nothing.
+
+    With equal class weights the optimal logit is the log density ratio: no prior offset is left in it.
+
+    Args:
+        labels: bool ``[N]``.
+        folds: int64 ``[N]``.
+        count: number of folds ``K``; 1 trains on everything.
+
+    Returns:
+        float32 ``[K, N]``, mean 1 over ``N`` for each head that has both classes.
+    """
+    used = torch.ones(1, len(labels)) if count == 1 else (folds[None] != torch.arange(count)[:, None]).float()
+    out = torch.zeros_like(used)
+    for side in (labels, ~labels):
+        share = used * side
+        out += share * len(labels) / (2 * share.sum(1, keepdim=True).clamp_min(1))
+    return out
+
+
+def discriminator_loss(logits: Tensor, place: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Binary cross-entropy in which responses count equally, however many sentences they have.
+
+    ``L = (1 / K B) sum_k sum_i w_ki (1 / n_i) sum_{s in i} BCE(l_ks, y_i)``, y smoothed towards 1/2.
+
+    Args:
+        logits: ``[K, S]``.
+        place: int64 ``[S]``, the sentence's response in the batch.
+        labels: bool ``[B]``.
+        weights: ``[K, B]``.
+        smoothing: label smoothing in [0, 1).
+
+    Returns:
+        Scalar in nats.
+    """
+    targets = labels.float() * (1 - smoothing) + smoothing / 2
+    losses = functional.binary_cross_entropy_with_logits(logits, targets[place].expand_as(logits), reduction="none")
+    counts = torch.bincount(place, minlength=len(labels)).clamp_min(1)
+    return (losses * (weights / counts)[:, place]).sum() / weights.numel()

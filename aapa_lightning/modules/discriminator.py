@@ -1,0 +1,206 @@
+"""Training of the encoder-and-head discriminator."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from aapa_lightning.anchor.context import Encoding
+from aapa_lightning.anchor.encoder import FrozenEncoder
+from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
+from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen
+from aapa_lightning.anchor.training import EncodedExamples, discriminator_loss, encode_examples, response_weights
+from aapa_lightning.data.discriminator_data import DiscriminatorData
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.metrics.functional.discrimination import Judged, discrimination
+
+#: Share of the training sentences that score below the floor given to responses of which nothing is seen.
+FLOOR_QUANTILE = 0.01
+
+
+class DiscriminatorModule(LightningModule):
+    """Trains a head that tells expert sentences from others, on embeddings of a frozen encoder computed once.
+
+    Binary cross-entropy; classes weigh the same, and so do responses. After ``fit`` the head is the one of the epoch with the best
+    held-out sentence AUROC (``select=best``), and ``export`` writes the discriminator's folder.
+
+    Args:
+        encoder: folder or Hub name: any encoder, or a causal language model such as an exported policy.
+        features: ``sentence``, ``response`` (mean of the response), ``reference`` (best-matching sentence of another expert response; needs
+            two expert responses for a prompt).
+        hidden_units: width of the head's hidden layer; 0 for a linear head.
+        dropout: of the head.
+        lr: learning rate of AdamW.
+        weight_decay: of AdamW.
+        label_smoothing: in [0, 1).
+        folds: heads for cross-fitting; head k is trained without the prompts of fold k. 1 for a single head.
+        select: ``best`` or ``last`` epoch.
+        encoding: how text is presented to the encoder.
+        seed: of the initial weights and the bootstrap.
+        resamples: of the bootstrap behind the intervals.
+        trust_remote_code: run code that comes with the encoder.
+    """
+
+    head: StackedHead
+
+    def __init__(
+        self,
+        encoder: str,
+        features: tuple[Feature, ...] = ("sentence", "response"),
+        hidden_units: int = 256,
+        dropout: float = 0.2,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        label_smoothing: float = 0.0,
+        folds: int = 1,
+        select: Literal["best", "last"] = "best",
+        encoding: Encoding = Encoding(),  # noqa: B008 - frozen, so sharing it is safe
+        seed: int = 0,
+        resamples: int = 200,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        feature_size(features, 1)
+        if folds < 1 or not 0 <= label_smoothing < 1 or not 0 <= dropout < 1 or hidden_units < 0 or lr <= 0:
+            raise ConfigError(
+                "expected folds >= 1, label_smoothing and dropout in [0, 1), hidden_units >= 0 and lr > 0, found "
+                f"{folds}, {label_smoothing}, {dropout}, {hidden_units} and {lr}"
+            )
+        self.encoder_path, self.features, self.encoding = encoder, tuple(features), encoding
+        self.hidden_units, self.dropout, self.folds, self.seed = hidden_units, dropout, folds, seed
+        self.lr, self.weight_decay, self.label_smoothing = lr, weight_decay, label_smoothing
+        self.select, self.resamples, self.trust_remote_code = select, resamples, trust_remote_code
+        self.metrics: dict[str, float] = {}
+        self.encoded: dict[str, EncodedExamples] = {}
+        self.frozen: FrozenEncoder | None = None
+        self._best: dict[str, Any] | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        data = self._data()
+        self._check_prompt(data)
+        device = self.trainer.strategy.root_device
+        if self.frozen is None:
+            self.frozen = FrozenEncoder(self.encoder_path, self.encoding, trust_remote_code=self.trust_remote_code)
+            columns = feature_size(self.features, self.frozen.hidden_size)
+            self.head = StackedHead(self.folds, columns, self.hidden_units, self.dropout, self.seed)
+        self.frozen.to(device)
+        for split in data.examples.keys() - self.encoded.keys():
+            self.encoded[split] = encode_examples(
+                self.frozen, data.segmenter, self.features, data.examples[split], folds=self.folds, score_thinking=data.score_thinking
+            )
+        if stage == "fit":
+            train = self.encoded["train"]
+            self.head.fit_scale(train.features[train.seen])
+            self._weights = response_weights(train.labels, train.folds, self.folds)
+
+    def _data(self) -> DiscriminatorData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, DiscriminatorData):
+            raise ConfigError(f"DiscriminatorModule is trained with --data DiscriminatorData, found {type(data).__name__}")
+        return data
+
+    def _check_prompt(self, data: DiscriminatorData) -> None:
+        if data.other_prompts > 0 and not self.encoding.prompt and "reference" not in self.features:
+            raise ConfigError(
+                f"other_prompts={data.other_prompts} labels expert responses to other prompts as negatives, but with encoding.prompt=false "
+                "the discriminator cannot see the prompt; set other_prompts=0, or let it see the prompt"
+            )
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        examples = self.encoded["train"]
+        responses = batch.cpu()
+        rows, place = examples.sentences_of(responses)
+        loss = discriminator_loss(
+            self.head(examples.features[rows].to(self.device)),
+            place.to(self.device),
+            examples.labels[responses].to(self.device),
+            self._weights[:, responses].to(self.device),
+            self.label_smoothing,
+        )
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(responses))
+        return loss
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        figures = self._measure("val", resamples=0)
+        self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=len(batch))
+        score = figures.get("sentence_auroc", 0.0)
+        if not self.trainer.sanity_checking and (self._best is None or score > self._best["score"]):
+            state = {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
+            self._best = {"score": score, "epoch": self.current_epoch, "head": state}
+
+    @override
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log_dict({f"test/{name}": value for name, value in self._measure("test", self.resamples).items()}, batch_size=len(batch))
+
+    @override
+    def on_train_end(self) -> None:
+        if self.select == "best" and self._best is not None:
+            self.head.load_state_dict(self._best["head"])
+        self.head.eval()
+        self._set_floor()
+        if "val" in self.encoded:
+            self.metrics = self._measure("val", self.resamples)
+            rank_zero_info(report(self.metrics))
+
+    @torch.no_grad()
+    def _set_floor(self) -> None:
+        train = self.encoded["train"]
+        logits = self._logits("train")[:, train.seen.to(self.device)]
+        self.head.floor.copy_(torch.quantile(logits, FLOOR_QUANTILE, dim=1) if logits.numel() < 2**24 else logits.min(1).values)
+
+    @torch.no_grad()
+    def _logits(self, split: str) -> Tensor:
+        was_training = self.head.training
+        self.head.eval()
+        logits = torch.cat([self.head(part.to(self.device)) for part in self.encoded[split].features.split(16384)], dim=1)
+        self.head.train(was_training)
+        return logits
+
+    def _measure(self, split: str, resamples: int) -> dict[str, float]:
+        examples = self.encoded[split]
+        logits = fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu())
+        judged = Judged(logits.mean(0), examples.response_index, examples.labels, examples.groups, examples.lengths)
+        return discrimination(judged, resamples=resamples, seed=self.seed)
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.head.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["discriminator"] = self._best
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._best = checkpoint["discriminator"]
+
+    def discriminator(self) -> EncoderHeadDiscriminator:
+        """The discriminator as trained so far. Raises ConfigError before ``fit``."""
+        if self.frozen is None:
+            raise ConfigError("the discriminator has not been trained yet: call fit first")
+        return EncoderHeadDiscriminator(self.frozen, copy.deepcopy(self.head), self.features, self._data().segmenter, self.metrics)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the discriminator's folder (``load_discriminator`` reads it), on rank 0."""
+        if self.trainer.is_global_zero:
+            self.discriminator().save(Path(folder))
+
+
+def report(metrics: dict[str, float]) -> str:
+    """Figures as lines of text, intervals in brackets."""
+    lines = ["held-out figures of the discriminator (95% interval)"]
+    for name, value in metrics.items():
+        if not name.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            lines.append(f"  {name:<24}{value:.3f}" + (f"  [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""))
+    return "\n".join(lines)
