@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aapa_lightning.data.dialects import parse_prompt, prompt_hash, scalar_key, text
+from aapa_lightning.data.dialects import prompt_hash
+from aapa_lightning.data.fields import parse_prompt, scalar_key, text
 from aapa_lightning.data.jsonl import iter_lines, parse_line, write_jsonl
 from aapa_lightning.errors import DataError
 from aapa_lightning.types import Record

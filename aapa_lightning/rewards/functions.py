@@ -46,6 +46,10 @@ def _import_file(path: str) -> Any:
     return module
 
 
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class FunctionReward(Reward):
     """A user's function ``function(responses, records) -> N numbers``.
 
@@ -59,7 +63,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: str | Callable[..., Any], *, name: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        self.name = name or getattr(self._function, "__name__", type(self._function).__name__)
+        self.name = name or _name(self._function)
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]:
         """Score ``N`` responses."""
@@ -86,7 +90,7 @@ class TRLReward(Reward):
 
     def __init__(self, function: str | Callable[..., Any], *, none_value: float = 0.0, name: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        self.name = name or getattr(self._function, "__name__", type(self._function).__name__)
+        self.name = name or _name(self._function)
         self.none_value = none_value
         if inspect.iscoroutinefunction(self._function):
             raise ConfigError(f"reward {self.name!r} is asynchronous; wrap it in a function that waits for it")
