@@ -82,8 +82,10 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
         raise ConfigError("policy: expected `tokenizer` (a folder or name) beside `config`, found none; `aapa data tokenizer` trains one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.tokenizer: cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+    except Exception as error:  # transformers, tokenizers and the Hub client raise errors of their own
+        raise ConfigError(f"policy.tokenizer: cannot load a tokenizer from {source!r}: {_cause(error)}") from error
+    if len(tokenizer) == len(set(tokenizer.all_special_ids)):  # transformers makes an empty one where the files are missing
+        raise ConfigError(f"policy.tokenizer: cannot load a tokenizer from {source!r}: it holds no tokens; set `tokenizer`")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"policy.tokenizer: {source!r} has no EOS token, so no response could ever end; set `eos_token` in its config")
     if tokenizer.pad_token_id is None:
@@ -128,11 +130,11 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: to
     }
     try:
         config = AutoConfig.for_model(**settings)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"policy.config: {_first_line(error)}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except Exception as error:  # every model checks its options in its own way
+        raise ConfigError(f"policy.config: cannot build a causal LM: {_cause(error)}") from error
 
 
 def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -147,8 +149,8 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
             trust_remote_code=spec.trust_remote_code,
             **(spec.config or {}),
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {_first_line(error)}") from error
+    except Exception as error:  # transformers, safetensors, the Hub client and the model's own code raise errors of their own
+        raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {_cause(error)}") from error
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -193,7 +195,7 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     path = Path(checkpoint)
     if not path.is_file():
         raise ConfigError(f"export: expected a checkpoint file, found nothing at {path}")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = _read_checkpoint(path)
     saved = loaded.get("aapa", {}).get("policy")
     if saved is None:
         raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by SFTModule, GRPOModule or CHORDModule")
@@ -213,11 +215,20 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     return Path(out)
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that torch did not write fails in many ways
+        raise ConfigError(f"export: {path} is not a checkpoint of tensors and primitives: {_cause(error)}") from error
+    return loaded if isinstance(loaded, dict) else {}
+
+
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
     """Write model and tokenizer as a Hugging Face folder."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _cause(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -61,7 +61,8 @@ class TransformersEngine:
         prompt_ids, prompt_mask = _pad_left(prompts, self.tokenizer.pad_token_id)
         sampler = _RowSampler(keys.to(device), params)
         stops = _RowStops(self.tokenizer, self.eos_ids, params.stop, len(prompts), prompt_ids.shape[1], device)
-        sequences = self.model.generate(
+        generate: Any = self.model.generate  # a mixin's method that the stubs take for a tensor
+        sequences = generate(
             input_ids=prompt_ids.to(device),
             attention_mask=prompt_mask.to(device),
             generation_config=GenerationConfig(
@@ -156,7 +157,8 @@ class _RowStops:
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = torch.isin(input_ids[:, -1], self.eos_token_id)
         if self._strings is not None:
-            done = done | self._strings(input_ids, scores)
+            # the response alone: a prompt's last characters must not complete a stop string
+            done = done | self._strings(input_ids[:, self._prompt_length :], scores)
         self._lengths[done & ~self.ended] = input_ids.shape[1] - self._prompt_length
         self.ended |= done
         return self.ended
@@ -191,7 +193,14 @@ def _is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode and no checkpointing (it forces the cache off); both are put back, module by module, also after an exception."""
+    """Eval mode, no checkpointing (it forces the cache off) and no generation defaults; all put back, also after an exception.
+
+    ``generate`` fills options that are not set from the model's generation config. Chat models ship some that change the distribution
+    (a repetition penalty), and then the trainer's forward is no longer what was sampled from.
+    """
+    from transformers import GenerationConfig
+
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
     training = [module for module in model.modules() if module.training]
     checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     model.eval()
@@ -200,6 +209,7 @@ def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        model.generation_config = defaults
         for module in training:
             module.training = True
         for module in checkpointing:
