@@ -25,7 +25,7 @@ class WindowPlan:
         world_size: number of ranks.
 
     Raises:
-        ConfigError: the numbers do not divide, or nothing is to be done.
+        ConfigError: a size is below its minimum, the numbers do not divide, or nothing is to be done.
     """
 
     prompts: int = 0
@@ -37,6 +37,10 @@ class WindowPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name in ("prompts", "demonstrations") else 1
+            if value < least:
+                raise ConfigError(f"{name}: expected at least {least} in a window, found {value}")
         if self.prompts == 0 and self.demonstrations == 0:
             raise ConfigError("expected prompts or demonstrations in every step, found 0 of both")
         shards = self.world_size * self.accumulate
@@ -51,7 +55,7 @@ class WindowPlan:
             raise ConfigError(
                 f"{name}={value} does not divide by {meaning} = "
                 f"{divisor} (minibatches={self.minibatches}, devices={self.world_size}, accumulate_grad_batches={self.accumulate}); "
-                f"use {lower or divisor} or {lower + divisor}"
+                f"use {f'{lower} or ' if lower else ''}{lower + divisor}"
             )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record, Rollouts
 
 
@@ -19,6 +20,9 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose mass reaches it; below 1 the trainer's ratio is biased, a warning says so.
         top_k: keep the k most likely tokens; 0 keeps all.
         stop: stop strings; a response that ends in one is not truncated.
+
+    Raises:
+        ConfigError: a value outside its range.
     """
 
     max_new_tokens: int = 512
@@ -26,6 +30,17 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for fits, expected, name in (
+            (self.max_new_tokens >= 1, "at least 1", "max_new_tokens"),
+            (0 <= self.temperature < float("inf"), "a finite number, at least 0", "temperature"),
+            (0 < self.top_p <= 1, "a number in (0, 1]", "top_p"),
+            (self.top_k >= 0, "at least 0", "top_k"),
+            (all(self.stop), "strings that are not empty", "stop"),
+        ):
+            if not fits:
+                raise ConfigError(f"sampling.{name}: expected {expected}, found {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
