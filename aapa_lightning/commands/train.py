@@ -215,7 +215,7 @@ class AapaCLI(LightningCLI):
         """The module's own ``export(folder)``, called on every rank, or the policy of the last checkpoint."""
         folder, last = self.run_dir / "export", last_checkpoint(self.run_dir)
         if callable(getattr(self.model, "export", None)):
-            self.model.export(folder)  # type: ignore[operator]  # a module's attributes are typed as tensors
+            self.model.export(folder)
         elif isinstance(self.model, InferenceModule) and last.is_file() and self.trainer.is_global_zero:
             export_policy(last, folder)
         self.trainer.strategy.barrier()
