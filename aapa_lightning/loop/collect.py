@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from aapa_lightning.advantages import task_advantages
 from aapa_lightning.anchor.signal import combine_rewards
 from aapa_lightning.anchor.term import AnchorTerm
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.experience import Experience
 from aapa_lightning.objectives.kl import kl_penalty
 from aapa_lightning.reduce import masked_sum
@@ -20,6 +22,11 @@ from aapa_lightning.types import Rollouts, SumOverRanks, identity_sum
 
 #: Gives (old, reference) log-probs of rollouts, float32 ``[N, L]`` each or None.
 Rescore = Callable[[Rollouts], tuple[Tensor | None, Tensor | None]]
+
+BIASED_SAMPLING = (
+    "top_p < 1 or top_k > 0: responses are drawn from a truncated distribution, but the ratio is that of the whole one, which biases the "
+    "gradient; train with top_p=1 and top_k=0"
+)
 
 
 def no_rescoring(rollouts: Rollouts) -> tuple[None, None]:
@@ -67,7 +74,7 @@ def collect(
         seed: seed of the run.
         window: number of the window.
         rewards: the task's rewards; None gives task advantages of 0 (SFT).
-        anchor: scores the rollouts; None for none.
+        anchor: scores the rollouts and takes the guard's measures, which ``anchor.advance`` acts on; None for none.
         anchor_weight: lambda at the window's first step, used where the anchor is combined with the reward.
         options: advantage options.
         rescore: old and reference log-probs.
@@ -75,14 +82,24 @@ def collect(
 
     Returns:
         The experience, every tensor on the rollouts' device and without gradient.
+
+    Raises:
+        ConfigError: a KL in the reward without old and reference log-probs.
     """
     options = options or AdvantageOptions()
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        warnings.warn(BIASED_SAMPLING, stacklevel=2)
     with torch.no_grad():
         rollouts = engine.generate(requests, sampling, seed=seed, window=window)
         old, reference = rescore(rollouts)
         signal = anchor.signal(rollouts, sum_over_ranks=sum_over_ranks) if anchor is not None else None
         loss_mask = rollouts.response_mask & ~(rollouts.truncated[:, None] & options.mask_truncated)
         columns, weights, metrics = _rewards(rollouts, rewards)
+        if anchor is not None and signal is not None:
+            metrics |= {f"anchor/{name}": value for name, value in signal.metrics.items()}
+            task = columns @ weights if rewards is not None else None
+            watched = anchor.observe(rollouts, signal, task, sum_over_ranks=sum_over_ranks)
+            metrics |= {f"guard/{name}": value for name, value in watched.items()}
         columns, weights = _shape(columns, weights, rollouts, options, old, reference)
         if anchor is not None and signal is not None and anchor.combine == "reward":
             columns, weights = combine_rewards(columns, weights, signal, anchor_weight)
@@ -107,7 +124,7 @@ def collect(
         anchor_advantages=signal.advantages if signal else None,
         old_logprobs=old,
         ref_logprobs=reference,
-        metrics=metrics | ({f"anchor/{name}": value for name, value in signal.metrics.items()} if signal else {}),
+        metrics=metrics,
     )
 
 
@@ -125,7 +142,9 @@ def _shape(
     columns: Tensor, weights: Tensor, rollouts: Rollouts, options: AdvantageOptions, old: Tensor | None, reference: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Append the k1 penalty as one more reward."""
-    if not options.reward_kl or old is None or reference is None:
+    if not options.reward_kl:
         return columns, weights
+    if old is None or reference is None:
+        raise ConfigError("reward_kl needs the old and the reference policy's log-probs, but rescore gave none; see collect(rescore=...)")
     penalty = masked_sum(kl_penalty(old, reference, "k1"), rollouts.response_mask, dim=-1)
     return torch.cat([columns, penalty[:, None]], 1), torch.cat([weights, weights.new_tensor([-options.reward_kl])])

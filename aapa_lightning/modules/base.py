@@ -25,7 +25,7 @@ from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
 from aapa_lightning.loop.terms import LossTerm, total_loss
 from aapa_lightning.loop.window import Window, open_window, restore_window, rollout_requests, window_state
-from aapa_lightning.modules.checkpointing import check_plan, gather_over_ranks, rewind_progress
+from aapa_lightning.modules.checkpointing import check_plan, gather_over_ranks, rescale_progress, rewind_progress
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
@@ -131,8 +131,7 @@ class PolicyModule(InferenceModule):
         )
 
     def _fit(self, records: Sequence[Record], *, demonstrations: bool) -> Sequence[Record]:
-        eos = self.tokenizer.eos_token_id
-        return fit_lengths(self.tokenizer, records, self.prompt_format, eos, demonstrations=demonstrations)
+        return fit_lengths(self.tokenizer, records, self.prompt_format, self.eos_token_id, demonstrations=demonstrations)
 
     def _check_trainer(self, plan: WindowPlan) -> None:
         trainer = self.trainer
@@ -179,9 +178,6 @@ class PolicyModule(InferenceModule):
                 "was under way); resume from an earlier checkpoint"
             )
         experience = self._collect(step, plan) if plan.prompts else None
-        if experience is not None:
-            for name, value in experience.metrics.items():
-                self._meter.add(name, value, 1.0)
         return open_window(step.window, plan, experience, demonstrations, self.sum_over_ranks)
 
     def _collect(self, step: WindowStep, plan: WindowPlan) -> Experience:
@@ -200,7 +196,7 @@ class PolicyModule(InferenceModule):
         )
 
     def _demonstration(self, record: Record) -> Demonstration:
-        return encode_demonstration(self.tokenizer, record, record.experts[0], self.prompt_format, self.tokenizer.eos_token_id)
+        return encode_demonstration(self.tokenizer, record, record.experts[0], self.prompt_format, self.eos_token_id)
 
     def anchor_weight(self) -> float:
         """Lambda at the current optimiser step; 0 without an anchor."""
@@ -215,6 +211,9 @@ class PolicyModule(InferenceModule):
             for parameter in self.parameters():
                 parameter.grad = None
         self._losses_finite = True
+        # at every step of the window: a row holds the same columns whether or not the run was resumed just before it
+        if self._window is not None and self._window.experience is not None:
+            self._meter.add_means(self._window.experience.metrics)
         metrics = self._meter.compute(self.sum_over_ranks, self.device)
         metrics |= {"grad_norm": float(norm), "skipped_steps": float(self.skipped.total + (not finite))}
         metrics |= {"anchor/weight": self.anchor_weight()} if self.anchor is not None else {}
@@ -249,6 +248,7 @@ class PolicyModule(InferenceModule):
         """Keep what the next training step needs."""
         state = checkpoint.get("aapa", {})
         if "plan" in state:
+            rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
             self._restored = {"plan": state["plan"], "window": state["window"]}
             self.skipped.load_state_dict(state["skipped"])
 

@@ -11,22 +11,41 @@ from aapa_lightning.loop.plan import WindowPlan
 
 
 def rewind_progress(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Move the saved batch counters back to the last optimiser step.
+    """Move the saved loop counters back to the last optimiser step.
 
-    A checkpoint taken in the middle of an accumulation holds the weights of the last optimiser step, but not the gradients gathered since;
-    its micro-steps must be repeated, or they would be lost.
+    A checkpoint taken in the middle of an accumulation (or of a step, by an exception) holds the weights of the last optimiser step, but
+    not the gradients gathered since; its micro-steps must be repeated, or they would be lost.
     """
-    if accumulate == 1 or "loops" not in checkpoint:
+    epoch_loop = _epoch_loop(checkpoint)
+    if epoch_loop is None:
         return
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    extra = progress["current"]["ready"] % accumulate
-    for part in ("total", "current"):
-        done = progress[part]["ready"] - extra
-        if extra:
-            for counter in progress[part]:
-                progress[part][counter] = done
-    if extra:
-        progress["is_last_batch"] = False
+    progress, current = epoch_loop["batch_progress"], epoch_loop["batch_progress"]["current"]
+    extra = current["processed"] % accumulate
+    if not extra and current["ready"] == current["processed"]:
+        return
+    for counts in (progress["total"], current):
+        done = counts["processed"] - extra
+        # what a checkpoint at the end of that step's last batch holds, hence the two that lag behind by one
+        counts |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
+    progress["is_last_batch"] = False
+    epoch_loop["state_dict"]["_batches_that_stepped"] -= 1
+
+
+def rescale_progress(checkpoint: dict[str, Any], saved: int, accumulate: int) -> None:
+    """Count the position of a checkpoint that lies on an optimiser step in micro-steps of another number per step."""
+    epoch_loop = _epoch_loop(checkpoint)
+    if epoch_loop is None or saved == accumulate:
+        return
+    for counts in (epoch_loop["batch_progress"][part] for part in ("total", "current")):
+        shift = counts["processed"] * accumulate // saved - counts["processed"]
+        counts |= {name: value + shift for name, value in counts.items()}
+
+
+def _epoch_loop(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The parts of the training epoch loop's state by their short names, or None in a checkpoint of weights alone."""
+    prefix = "epoch_loop."
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop")
+    return fit_loop and {name.removeprefix(prefix): part for name, part in fit_loop.items() if name.startswith(prefix)}
 
 
 def gather_over_ranks(state: Any) -> list[Any]:

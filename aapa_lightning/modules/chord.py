@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
@@ -54,11 +56,13 @@ class CHORDModule(GRPOModule):
         return replace(super().make_plan(accumulate, world_size), demonstrations=self.expert_batch_size)
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
-        """GRPO's terms and imitation; without a share there is no forward over demonstrations."""
+        """GRPO's terms and imitation; without a share there is no forward over demonstrations, and its figures read 0."""
         mu = self._mu(self.global_step)
         terms = self.policy_terms(window, micro_step, 1.0 - mu)
+        rows, counts = window.demonstrations_of(micro_step)
         if mu > 0:
-            rows, counts = window.demonstrations_of(micro_step)
             logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
-            terms.append(LossTerm("sft", chord_sft_loss(logprobs, mask, weight=self.sft_weight), mask, counts, weight=mu))
+        else:
+            logprobs, mask = torch.zeros(1, 1, device=self.device), torch.zeros(1, 1, dtype=torch.bool, device=self.device)
+        terms.append(LossTerm("sft", chord_sft_loss(logprobs, mask, weight=self.sft_weight), mask, counts, weight=mu))
         return terms

@@ -23,6 +23,11 @@ class StepMeter:
         old_total, old_count = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (old_total + total, old_count + count)
 
+    def add_means(self, values: Mapping[str, float]) -> None:
+        """Add values that are means over this rank's rows of a window, of which every rank has as many."""
+        for name, value in values.items():
+            self.add(name, value, 1.0)
+
     def add_terms(self, terms: list[LossTerm], values: Mapping[str, Tensor], loss: Tensor, scale: float) -> None:
         """Add one micro-step: reduced losses carry ``scale``, so their sum over micro-steps and ranks is divided by it once."""
         share = 1.0 / scale

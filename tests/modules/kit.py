@@ -1,0 +1,167 @@
+"""Builders of tiny runs, shared by the promise tests and by the worker processes that they start."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from aapa_lightning.anchor.guard import Guard
+from aapa_lightning.anchor.schedule import Adaptive
+from aapa_lightning.callbacks.anchor import AnchorCallback
+from aapa_lightning.data.datamodule import AapaDataModule
+from aapa_lightning.modules.chord import CHORDModule
+from aapa_lightning.modules.grpo import GRPOModule
+from aapa_lightning.modules.sft import SFTModule
+from aapa_lightning.policy import PolicySpec
+from aapa_lightning.rewards.base import Reward
+from aapa_lightning.rollout.base import SamplingParams
+from aapa_lightning.types import Record
+
+warnings.filterwarnings("ignore", module="lightning")
+MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule}
+
+
+def make_records(count: int = 12) -> list[Record]:
+    """Prompts of very different lengths with one expert each."""
+    return [
+        Record("Describe the harbor " * (1 + i % 3) + str(i), experts=(f"The boats rest {i}." * (1 + i % 2),), source=f"data.jsonl:{i + 1}")
+        for i in range(count)
+    ]
+
+
+class TextReward(Reward):
+    """A deterministic number in [0, 1) that differs between texts, and remembers what it saw."""
+
+    name = "text"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def __call__(self, responses, records):
+        self.seen += [(str(record.prompt), text) for text, record in zip(responses, records, strict=True)]
+        return [(sum(map(ord, text)) % 17) / 17 for text in responses]
+
+
+class ByteJudge(nn.Module):
+    """A discriminator with weights: the logit of a sentence is a linear function of its mean byte embedding."""
+
+    needs_experts = False
+    whole_response = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(256, 8, generator=generator), freeze=False)
+        self.head = nn.Linear(8, 1)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(1, 8, generator=generator))
+            self.head.bias.zero_()
+        self.dropout = nn.Dropout(0.5)
+
+    def score(self, responses, records, spans):
+        rows = [text[a:b].encode() or b" " for text, row in zip(responses, spans.char_spans, strict=True) for a, b in row]
+        means = torch.stack([self.embedding(torch.tensor(list(row))).mean(0) for row in rows])
+        return self.head(self.dropout(means)).squeeze(-1).detach()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for value in self.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        raise AssertionError("a policy run never saves its discriminator")
+
+
+class Rows(Logger):
+    """Keeps what Lightning logs: (step, metrics)."""
+
+    name = version = "rows"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+class SaveAt(L.Callback):
+    """Saves ``step=N.ckpt`` after the optimiser steps named, or ``batch=N.ckpt`` after the micro-steps named."""
+
+    def __init__(self, folder, steps=None, batches=()) -> None:
+        self.folder, self.steps, self.batches, self._last = Path(folder), steps, batches, 0
+        self._batch = 0
+
+    def on_train_start(self, trainer, pl_module):
+        self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._batch += 1
+        if self._batch in self.batches:
+            trainer.save_checkpoint(self.folder / f"batch={self._batch}.ckpt")
+        if trainer.global_step != self._last:
+            self._last = trainer.global_step
+            if self.steps is None or self._last in self.steps:
+                trainer.save_checkpoint(self.folder / f"step={self._last}.ckpt")
+
+
+def make_module(name: str, spec: PolicySpec, **options):
+    """A module of four prompts (or demonstrations) a step, two or three responses each."""
+    common = {
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.7),
+        "sampling": SamplingParams(6, temperature=1.2),
+        "seed": 3,
+    }
+    own = {
+        "sft": {"batch_size": 4, "anchor_group_size": 2},
+        "grpo": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()]},
+        "chord": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "expert_batch_size": 4, "mu_peak": 0.4},
+    }
+    return MODULES[name](spec, **(common | own[name] | options))
+
+
+def make_anchor(weight=0.5, *, judge: int = 0, adaptive: bool = False, **options) -> AnchorCallback:
+    """An anchor callback; ``adaptive`` makes schedule and guard stateful."""
+    if adaptive:
+        options |= {"guard": Guard(max_length_growth=1.01, min_entropy_ratio=0.999, patience=1)}
+        weight = Adaptive(weight, decay=0.5, fast=1.0, slow=3.0, tolerance=0.0)
+    return AnchorCallback(ByteJudge(judge), weight=weight, **options)
+
+
+def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logger=False, **options) -> L.Trainer:
+    """A quiet CPU trainer that logs every step."""
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
+    return L.Trainer(
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
+        logger=logger,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def fit(module, trainer: L.Trainer, data=None, *, val=None, ckpt=None):
+    """Train and return the module."""
+    trainer.fit(module, AapaDataModule(data or make_records(), val=val), ckpt_path=ckpt)
+    return module
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    """A copy of the policy's weights."""
+    return {name: value.detach().clone() for name, value in module.model.state_dict().items()}
