@@ -50,6 +50,16 @@ class EncodedExamples:
         rows = torch.nonzero((place[self.response_index] >= 0) & self.seen).squeeze(-1)
         return rows, place[self.response_index[rows]]
 
+    def judged_sentences(self) -> Tensor:
+        """Rows int64 of the seen sentences, and of one sentence of each response of which nothing is seen.
+
+        Figures leave out the rest, whose logits are filled in from their response.
+        """
+        blank = torch.bincount(self.response_index[self.seen], minlength=len(self)) == 0
+        first = torch.ones_like(self.seen)
+        first[1:] = self.response_index[1:] != self.response_index[:-1]
+        return torch.nonzero(self.seen | (first & blank[self.response_index])).squeeze(-1)
+
     def unseen_as_embedded(self) -> Embedded:
         """The shape that ``fill_unseen`` takes."""
         return Embedded(self.features, self.seen.long(), self.response_index, len(self))

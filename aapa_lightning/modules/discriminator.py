@@ -168,8 +168,9 @@ class DiscriminatorModule(LightningModule):
 
     def _measure(self, split: str, resamples: int) -> dict[str, float]:
         examples = self.encoded[split]
-        logits = fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu())
-        judged = Judged(logits.mean(0), examples.response_index, examples.labels, examples.groups, examples.lengths)
+        logits = fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu()).mean(0)
+        rows = examples.judged_sentences()
+        judged = Judged(logits[rows], examples.response_index[rows], examples.labels, examples.groups, examples.lengths)
         return discrimination(judged, resamples=resamples, seed=self.seed)
 
     @override

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aapa_lightning.anchor.signal import combine_advantages
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import response_logprobs
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, no_rescoring
@@ -173,11 +174,9 @@ class GRPOModule(PolicyModule):
         return terms
 
     def _advantages(self, experience: Experience) -> Tensor:
-        task = experience.advantages[:, None].expand_as(experience.loss_mask)
-        weight = self.anchor_weight()
-        if self.anchor is None or self.anchor.combine != "advantage" or weight == 0 or experience.anchor_advantages is None:
-            return task
-        return task + weight * experience.anchor_advantages
+        if self.anchor is None or self.anchor.combine != "advantage" or experience.anchor_advantages is None:
+            return experience.advantages
+        return combine_advantages(experience.advantages, experience.anchor_advantages, self.anchor_weight())
 
     def _task_loss(self, inputs: TokenLossInputs) -> LossOutputs:
         return grpo_loss(

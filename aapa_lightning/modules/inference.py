@@ -11,9 +11,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from aapa_lightning.data.encode import encode_demonstration, encode_prompt
+from aapa_lightning.data.encode import encode_demonstration, encode_prompt, end_of_turn_id
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
+from aapa_lightning.data.responses import response_row
 from aapa_lightning.logprobs import sequence_logprobs
 from aapa_lightning.loop.demonstrations import collate_demonstrations
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
@@ -52,6 +53,7 @@ class InferenceModule(L.LightningModule):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     engine: TransformersEngine
+    eos_token_id: int  # ends an expert response; rollouts may end with any of the model's
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class InferenceModule(L.LightningModule):
         self.model, self.tokenizer = load_policy(self.policy)
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
+        self.eos_token_id = end_of_turn_id(self.tokenizer, self.prompt_format, eos_ids)
         self.engine = TransformersEngine(self.model, self.tokenizer, eos_ids, max_rows=self.rollout_rows)
         self._loaded = True
 
@@ -128,7 +131,7 @@ class InferenceModule(L.LightningModule):
         if rollouts is not None:
             self._evaluator.add_rollouts(rollouts)
         rows = [
-            encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.tokenizer.eos_token_id)
+            encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.eos_token_id)
             for record in step.records
             for expert in record.experts[:1]
         ]
@@ -165,19 +168,11 @@ class InferenceModule(L.LightningModule):
         rows: list[dict[str, Any]] = []
         for temperature in self.predict_temperatures:
             rollouts = self.sample(batch, self.predict_samples, temperature, "predict")
-            for i, text in enumerate(rollouts.texts if rollouts is not None else []):
-                record = rollouts.records[i]  # type: ignore[union-attr]  # there are texts, so there are rollouts
-                prompt = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
-                rows.append(
-                    {
-                        "key": record.key,
-                        "prompt": prompt,
-                        "response": text,
-                        "temperature": temperature,
-                        "sample": i % self.predict_samples,
-                        "truncated": bool(rollouts.truncated[i]),  # type: ignore[union-attr]  # as above
-                    }
-                )
+            if rollouts is None:
+                continue
+            for i, (text, record) in enumerate(zip(rollouts.texts, rollouts.records, strict=True)):
+                cut = bool(rollouts.truncated[i])
+                rows.append(response_row(record, text, temperature=temperature, sample=i % self.predict_samples, truncated=cut))
         return rows
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
