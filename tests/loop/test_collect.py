@@ -1,0 +1,167 @@
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+
+from aapa_lightning.anchor.term import AnchorTerm
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.loop.collect import AdvantageOptions, collect
+from aapa_lightning.loop.experience import Experience
+from aapa_lightning.rewards.compose import RewardSet
+from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
+from aapa_lightning.types import Record, Rollouts
+
+#: Two groups of two: rewards are response lengths.
+LENGTHS = [2, 4, 1, 5]
+REQUESTS = [RolloutRequest([3], Record(f"prompt {i}"), i, 2) for i in range(2)]
+
+
+class FakeEngine:
+    """Returns what it was given and remembers how it was asked."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+        self.asked: dict = {}
+
+    def generate(self, requests, params, *, seed, window) -> Rollouts:
+        assert not torch.is_grad_enabled()
+        self.asked = {"requests": requests, "params": params, "seed": seed, "window": window}
+        return self.rollouts
+
+
+class Length:
+    name = "length"
+
+    def __call__(self, responses, records):
+        return [float(len(response)) for response in responses]
+
+
+class Even:
+    name = "even"
+
+    def __call__(self, responses, records):
+        return [float(len(response) % 2 == 0) for response in responses]
+
+
+class FakeDiscriminator:
+    """Scores a response by hand-picked logits."""
+
+    needs_experts = False
+    whole_response = True
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+    def score(self, responses, records, spans):
+        return self.logits[spans.response_index]
+
+    def fingerprint(self) -> str:
+        return "fake"
+
+    def to(self, device):
+        return self
+
+    def save(self, folder) -> None: ...
+
+
+@pytest.fixture
+def rollouts(make_rollouts) -> Rollouts:
+    return make_rollouts([1, 1, 1, 1], LENGTHS, group=2, truncated=(1,))
+
+
+def run(rollouts: Rollouts, **kwargs) -> Experience:
+    settings = {"sampling": SamplingParams(), "seed": 0, "window": 0, "rewards": RewardSet([Length()])} | kwargs
+    return collect(REQUESTS, engine=FakeEngine(rollouts), **settings)
+
+
+def test_rewards_become_advantages_of_their_group(rollouts) -> None:
+    experience = run(rollouts, rewards=RewardSet([Length(), Even()], [1.0, 10.0]), options=AdvantageOptions(scale="none"))
+    assert experience.rewards.tolist() == [[2, 1], [4, 1], [1, 0], [5, 0]]
+    assert experience.advantages.tolist() == pytest.approx([-1, 1, -2, 2])
+    grouped = run(rollouts).advantages  # (2, 4): mean 3, deviation sqrt 2; (1, 5): mean 3, deviation sqrt 8
+    assert grouped.tolist() == pytest.approx([-1 / (2**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), -2 / (8**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)])
+    metrics = experience.metrics
+    assert metrics["reward/length"] == 3.0
+    assert metrics["reward/even"] == 0.5
+    assert metrics["reward"] == pytest.approx(8.0)
+    assert metrics["response_length"] == 3.0
+    assert metrics["truncated"] == 0.25
+
+
+def test_the_engine_is_asked_once_with_everything(rollouts) -> None:
+    engine = FakeEngine(rollouts)
+    params = SamplingParams(temperature=0.5)
+    collect(REQUESTS, engine=engine, sampling=params, seed=7, window=9)
+    assert engine.asked == {"requests": REQUESTS, "params": params, "seed": 7, "window": 9}
+
+
+def test_truncated_responses_leave_the_loss_but_not_the_group(rollouts) -> None:
+    kept, masked = run(rollouts), run(rollouts, options=AdvantageOptions(mask_truncated=True))
+    assert torch.equal(kept.loss_mask, rollouts.response_mask)
+    assert masked.loss_mask.sum(-1).tolist() == [2, 0, 1, 5]
+    assert torch.equal(kept.advantages, masked.advantages)
+
+
+def test_without_rewards_the_task_has_no_say(rollouts) -> None:
+    experience = run(rollouts, rewards=None)
+    assert experience.advantages.tolist() == [0, 0, 0, 0]
+    assert experience.scores is experience.anchor_advantages is experience.old_logprobs is experience.ref_logprobs is None
+
+
+def test_rescored_logprobs_are_kept(rollouts) -> None:
+    old, reference = torch.zeros(4, 5), torch.ones(4, 5)
+    experience = run(rollouts, rescore=lambda found: (old, reference))
+    assert experience.old_logprobs is old
+    assert experience.ref_logprobs is reference
+
+
+def test_k1_in_the_reward(rollouts) -> None:
+    old = torch.arange(20.0).reshape(4, 5) / 10
+    reference = old - torch.tensor([[0.1], [0.2], [-0.3], [0.0]])
+    options = AdvantageOptions(scale="none", reward_kl=0.5)
+    experience = run(rollouts, options=options, rescore=lambda found: (old, reference))
+    # sums over the response of log pi - log ref: 2 x 0.1, 4 x 0.2, 1 x -0.3, 0
+    penalties = [0.2, 0.8, -0.3, 0.0]
+    assert experience.rewards[:, 1].tolist() == pytest.approx(penalties, abs=1e-6)
+    totals = [length - 0.5 * penalty for length, penalty in zip(LENGTHS, penalties, strict=True)]
+    expected = [totals[i] - sum(totals[i // 2 * 2 : i // 2 * 2 + 2]) / 2 for i in range(4)]
+    assert experience.advantages.tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ConfigError, match="reward_kl needs the old and the reference"):
+        run(rollouts, options=options)
+
+
+def anchor(**kwargs) -> AnchorTerm:
+    return AnchorTerm(FakeDiscriminator(), **({"transform": "score", "scale": "fixed"} | kwargs))
+
+
+def test_the_anchor_scores_and_leaves_the_task_alone(rollouts) -> None:
+    bare, anchored = run(rollouts), run(rollouts, anchor=anchor(), anchor_weight=0.3)
+    assert torch.equal(bare.advantages, anchored.advantages)
+    assert torch.equal(bare.rewards, anchored.rewards)
+    assert anchored.scores.tolist() == [0.5, -1.0, 2.0, 0.0]
+    per_response = torch.tensor([0.75, -0.75, 1.0, -1.0])
+    assert torch.equal(anchored.anchor_advantages, (per_response[:, None] * rollouts.response_mask))
+    assert any(name.startswith("anchor/") for name in anchored.metrics)
+    for field in fields(Experience):
+        value = getattr(anchored, field.name)
+        assert not isinstance(value, torch.Tensor) or not value.requires_grad
+
+
+def test_the_anchor_as_a_reward(rollouts) -> None:
+    options = AdvantageOptions(scale="none")
+    experience = run(rollouts, anchor=anchor(combine="reward"), anchor_weight=2.0, options=options)
+    totals = [length + 2 * logit for length, logit in zip(LENGTHS, FakeDiscriminator.logits.tolist(), strict=True)]
+    assert experience.advantages.tolist() == pytest.approx(
+        [(totals[0] - totals[1]) / 2, (totals[1] - totals[0]) / 2, (totals[2] - totals[3]) / 2, (totals[3] - totals[2]) / 2]
+    )
+    assert experience.rewards[:, 1].tolist() == [0.5, -1.0, 2.0, 0.0]
+    off = run(rollouts, anchor=anchor(combine="reward"), anchor_weight=0.0, options=options)
+    assert torch.equal(off.advantages, run(rollouts, options=options).advantages)
+
+
+def test_truncated_sampling_warns(rollouts) -> None:
+    for sampling in (SamplingParams(top_p=0.9), SamplingParams(top_k=5)):
+        with pytest.warns(UserWarning, match="biases the gradient"):
+            run(rollouts, sampling=sampling)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(rollouts)

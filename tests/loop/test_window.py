@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from aapa_lightning.data.encode import PromptFormat, encode_prompt
+from aapa_lightning.loop.experience import Experience
+from aapa_lightning.loop.loader import WindowStep
+from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.window import open_window, policy_inputs, restore_window, rollout_requests, window_state
+from aapa_lightning.reduce import StepCounts
+from aapa_lightning.types import Demonstration, Record
+
+
+def experience_of(rollouts, **kwargs) -> Experience:
+    mask = rollouts.response_mask & ~rollouts.truncated[:, None]
+    return Experience(rollouts, mask, torch.zeros(len(rollouts), 1), torch.arange(float(len(rollouts))), **kwargs)
+
+
+def demonstration(learned: int) -> Demonstration:
+    return Demonstration(list(range(3, 6 + learned)), [False] * 3 + [True] * learned, Record("p", ("e",)))
+
+
+PLAN = WindowPlan(prompts=4, samples=2, minibatches=2, passes=2, demonstrations=2, accumulate=2)
+LENGTHS = [3, 1, 2, 5, 0, 4, 1, 1]
+LEARNED = [2, 3, 1, 1, 4, 0, 5, 2]
+
+
+@pytest.fixture
+def window(make_rollouts):
+    rollouts = make_rollouts([2] * 8, LENGTHS, group=2, truncated=(3,))
+    return open_window(5, PLAN, experience_of(rollouts), [demonstration(n) for n in LEARNED])
+
+
+def test_counts_are_those_of_the_optimiser_step(window) -> None:
+    # minibatch 0: prompts 0 and 1 (row 3 is truncated and masked), minibatch 1: prompts 2 and 3 (row 4 is empty)
+    expected = [StepCounts(6.0, 3.0), StepCounts(6.0, 3.0)]
+    # a step's two micro-steps take one demonstration each; one of them has nothing to learn
+    imitated = [StepCounts(5.0, 2.0), StepCounts(2.0, 2.0), StepCounts(4.0, 1.0), StepCounts(7.0, 2.0)]
+    for micro_step in range(8):
+        experience, counts = window.rollouts_of(micro_step)
+        assert counts == expected[micro_step // 2 % 2]
+        assert experience.rollouts.group_ids.tolist() == [micro_step % 4] * 2
+        rows, counts = window.demonstrations_of(micro_step)
+        assert counts == imitated[micro_step // 2]
+        assert [sum(row.response_mask) for row in rows] == [LEARNED[micro_step]]
+
+
+def test_counts_are_summed_over_ranks_in_one_reduction(make_rollouts) -> None:
+    calls: list[torch.Tensor] = []
+
+    def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+        calls.append(value)
+        return value * 3 + 1
+
+    rollouts = make_rollouts([1, 1], [2, 3], group=2)
+    plan = WindowPlan(prompts=3, samples=2, demonstrations=3, world_size=3)
+    window = open_window(0, plan, experience_of(rollouts), [demonstration(4)], sum_over_ranks)
+    assert len(calls) == 1
+    assert window.rollouts_of(0)[1] == StepCounts(16.0, 7.0)
+    assert window.demonstrations_of(0)[1] == StepCounts(13.0, 4.0)
+
+
+def test_the_layout_does_not_change_the_counts(make_rollouts) -> None:
+    rollouts = make_rollouts([2] * 8, LENGTHS, group=2)
+    plans = [WindowPlan(prompts=4, samples=2, minibatches=2, accumulate=a) for a in (1, 2)]
+    found = [open_window(0, plan, experience_of(rollouts), []) for plan in plans]
+    assert torch.equal(found[0].rollout_counts, found[1].rollout_counts)
+
+
+def test_a_window_without_rollouts(make_rollouts) -> None:
+    window = open_window(0, WindowPlan(demonstrations=1), None, [demonstration(2)])
+    assert window.demonstrations_of(0)[1] == StepCounts(2.0, 1.0)
+    with pytest.raises(RuntimeError, match="no rollouts"):
+        window.rollouts_of(0)
+
+
+def test_state_survives_a_checkpoint(window, tmp_path) -> None:
+    torch.save(window_state(window), tmp_path / "w.ckpt")
+    state = torch.load(tmp_path / "w.ckpt", weights_only=True)
+    records = window.experience.rollouts.records
+    step = WindowStep(5, 3, list(enumerate(records[::2])), [])
+    again = restore_window(state, PLAN, step, window.demonstrations, torch.device("cpu"))
+    assert again.number == 5
+    assert again.experience.rollouts.records == records
+    for micro_step in range(8):
+        (one, counts), (other, other_counts) = window.rollouts_of(micro_step), again.rollouts_of(micro_step)
+        assert counts == other_counts
+        assert torch.equal(one.rollouts.response_ids, other.rollouts.response_ids)
+        assert torch.equal(one.loss_mask, other.loss_mask)
+        assert window.demonstrations_of(micro_step) == again.demonstrations_of(micro_step)
+
+
+def test_requests_carry_slot_record_and_tokens(tiny_tokenizer) -> None:
+    records = [Record("abc"), Record("def")]
+    requests = rollout_requests(tiny_tokenizer, WindowStep(0, 0, [(4, records[0]), (7, records[1])]), PromptFormat(), 3)
+    assert [(request.slot, request.record, request.samples) for request in requests] == [(4, records[0], 3), (7, records[1], 3)]
+    assert [request.prompt_ids for request in requests] == [encode_prompt(tiny_tokenizer, record, PromptFormat()) for record in records]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+
+
+def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_lives(model, make_rollouts) -> None:
+    experience = experience_of(make_rollouts([3, 1], [2, 4], truncated=(1,)))
+    inputs = policy_inputs(model, experience, torch.tensor([1.0, -2.0]), 0.7)
+    assert torch.equal(inputs.logprobs.detach(), inputs.old_logprobs)
+    assert inputs.logprobs.requires_grad
+    assert not inputs.old_logprobs.requires_grad
+    assert inputs.advantages.tolist() == [[1.0] * 4, [-2.0] * 4]
+    assert torch.equal(inputs.response_mask, experience.loss_mask)
+    assert inputs.entropy is inputs.ref_logprobs is None
+
+
+def test_what_is_held_is_used(model, make_rollouts) -> None:
+    rollouts = make_rollouts([3, 1], [2, 4])
+    held = torch.randn(2, 4)
+    per_token = torch.arange(8.0).reshape(2, 4)
+    inputs = policy_inputs(model, experience_of(rollouts, old_logprobs=held, ref_logprobs=held - 1), per_token, 0.7, entropy=True)
+    assert inputs.old_logprobs is held
+    assert torch.equal(inputs.ref_logprobs, held - 1)
+    assert torch.equal(inputs.advantages, per_token)
+    assert not inputs.entropy.requires_grad
+    entropy = policy_inputs(model, experience_of(rollouts), per_token, 0.7, entropy=True, entropy_grad=True).entropy
+    assert entropy.requires_grad
+    assert torch.equal(entropy.detach(), inputs.entropy)
