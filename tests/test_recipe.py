@@ -232,3 +232,13 @@ def test_table_cells_cannot_break_the_table():
 def test_a_summary_of_an_unknown_stage_is_named():
     recipe = write(stage("a"), summary={"rows": {"x": "zzz"}, "columns": ["accuracy"]})
     assert main(["recipe", recipe]) == 2
+
+
+def test_variables_name_the_environment_and_earlier_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("AAPA_TEST_ROOT", "/data")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run_dir: runs/x\nvars: {root: '${env.AAPA_TEST_ROOT}/a', file: '${vars.root}/b.jsonl'}\n"
+        "stages: [{name: check, command: data check, args: ['${vars.file}']}]\n"
+    )
+    assert load_recipe(str(path)).stages[0].arguments == ("/data/a/b.jsonl",)

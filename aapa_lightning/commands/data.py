@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokenizer", help="train a byte-level BPE", epilog="example: aapa data tokenizer train.jsonl --out tokenizer"
     )
     tokenizer.add_argument("paths", nargs="+", metavar="PATH", help="record files; prompts and experts are learnt from")
+    tokenizer.add_argument("--experts", metavar="FILE", help="response file whose responses are learnt from too")
     tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens at most (default: %(default)s)")
     tokenizer.add_argument("--out", required=True, help="folder to write")
     world = actions.add_parser("synthetic", help="write the synthetic instruction world", epilog="example: aapa data synthetic --out world")
@@ -54,7 +55,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
     from aapa_lightning.data.records import read_records
     from aapa_lightning.data.tokenizer import train_tokenizer
 
-    records = (record for path in args.paths for record in read_records(path))
+    records = (record for path in args.paths for record in read_records(path, experts=args.experts))
     texts = (text for record in records for text in (_text(record.prompt), *record.experts))
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)

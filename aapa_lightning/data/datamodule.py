@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
-from aapa_lightning.data.records import read_records, split_records
+from aapa_lightning.data.records import read_records, require_experts, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
 
@@ -23,6 +23,7 @@ class AapaDataModule(L.LightningDataModule):
         demonstrations: what is imitated (SFT, CHORD); None takes ``train``.
         experts: a response file whose responses become the experts of all splits, joined by key or prompt.
         columns: fields that have another name in the files, field to column: ``{"expert": "response"}``.
+        missing_experts: what happens to a record without an expert response when ``experts`` is given: ``error``, or ``drop`` it.
         val_fraction: share of training prompts held out when ``val`` is None; 0 holds none out.
         seed: seed of that split.
     """
@@ -36,6 +37,7 @@ class AapaDataModule(L.LightningDataModule):
         demonstrations: str | Sequence[Record] | None = None,
         experts: str | None = None,
         columns: dict[str, str] | None = None,
+        missing_experts: Literal["error", "drop"] = "error",
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -43,6 +45,7 @@ class AapaDataModule(L.LightningDataModule):
         self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
         self._experts = experts
         self._columns = columns
+        self._missing_experts = missing_experts
         self._val_fraction = val_fraction
         self._seed = seed
         self._splits: dict[str, Sequence[Record]] = {}
@@ -59,7 +62,13 @@ class AapaDataModule(L.LightningDataModule):
     def _read(self, source: str | Sequence[Record]) -> Sequence[Record]:
         if not isinstance(source, (str, Path)):
             return source
-        return read_records(str(source), experts=self._experts, columns=self._columns)
+        records = read_records(str(source), experts=self._experts, columns=self._columns)
+        if self._experts is None:
+            return records
+        if self._missing_experts == "drop":
+            return [record for record in records if record.experts]
+        require_experts(records, f"{self._experts} has no response to it (missing_experts: drop leaves such records out)")
+        return records
 
     def _require(self, name: str) -> Sequence[Record]:
         if name not in self._splits:

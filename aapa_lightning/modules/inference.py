@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from aapa_lightning.data.encode import encode_demonstration, encode_prompt, end_of_turn_id
+from aapa_lightning.data.encode import OverlongError, encode_demonstration, encode_prompt, end_of_turn_id, fit_lengths
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.data.responses import response_row
@@ -25,7 +25,7 @@ from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
 from aapa_lightning.seeds import derive_seed
-from aapa_lightning.types import Record, Rollouts
+from aapa_lightning.types import Demonstration, Record, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,8 +101,12 @@ class InferenceModule(L.LightningModule):
         self._loaded = True
 
     def eval_loader(self, records: Sequence[Record]) -> EvalLoader:
-        """Batches of a split for this rank."""
-        records = self._select(records)
+        """Batches of a split for this rank, of records that fit the length limits.
+
+        With ``overlong: drop`` a prompt whose expert response alone is too long stays; only the expert's likelihood is left out.
+        """
+        strict = self.prompt_format.overlong == "error"
+        records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, demonstrations=strict)
         self._with_experts = any(record.experts for record in records)
         return EvalLoader(records, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
 
@@ -130,15 +134,17 @@ class InferenceModule(L.LightningModule):
         rollouts = self.sample(step, self.eval_samples, self.eval_temperature, "evaluate")
         if rollouts is not None:
             self._evaluator.add_rollouts(rollouts)
-        rows = [
-            encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.eos_token_id)
-            for record in step.records
-            for expert in record.experts[:1]
-        ]
+        rows = [row for record in step.records for expert in record.experts[:1] if (row := self._expert(record, expert)) is not None]
         if rows:
             batch = collate_demonstrations(rows, self.tokenizer.pad_token_id, self.device)
             logprobs = sequence_logprobs(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
             self._evaluator.add_experts(logprobs, batch.response_mask[:, 1:])
+
+    def _expert(self, record: Record, expert: str) -> Demonstration | None:
+        try:
+            return encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.eos_token_id)
+        except OverlongError:
+            return None
 
     def _log_evaluation(self, stage: str) -> None:
         if self._evaluator is None:

@@ -66,7 +66,10 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     _known(raw, RECIPE_KEYS, path)
     if not isinstance(raw.get("run_dir"), str) or not raw.get("stages"):
         raise ConfigError(f"{path}: expected `run_dir` and at least one entry under `stages`, found {sorted(raw)}")
-    scope = Scope(path, raw["run_dir"], raw.get("vars") or {})
+    variables: dict[str, Any] = {}
+    scope = Scope(path, raw["run_dir"], variables)
+    for name, value in (raw.get("vars") or {}).items():  # a variable may name the environment and those before it
+        variables[name] = resolve(value, scope)
     scope.run_dir = resolve(raw["run_dir"], scope)
     stages = list(_plan_block({"stages": raw["stages"]} | ({"rounds": raw["rounds"]} if "rounds" in raw else {}), scope))
     names = [stage.name for stage in stages]
