@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("aapa-lightning", "torch", "lightning", "transformers", "jsonargparse", "datasets", "torchmetrics", "triton")
@@ -62,23 +63,21 @@ def _devices() -> list[str]:
 
 def _kernels() -> dict[str, str]:
     """Each operator and what runs it."""
-    import pkgutil
-
     import aapa_kernels
 
     return {
-        op.name: _implementation(pkgutil.iter_modules([f"{aapa_kernels.__path__[0]}/{op.name}"]))
-        for op in pkgutil.iter_modules(aapa_kernels.__path__)
-        if op.ispkg
+        folder.name: _implementation(folder)
+        for folder in sorted(Path(aapa_kernels.__path__[0]).iterdir())
+        if (folder / "reference.py").exists()
     }
 
 
-def _implementation(modules: Any) -> str:
+def _implementation(folder: Path) -> str:
     import torch
 
-    if not {module.name for module in modules} - {"reference"}:
-        return "reference (plain torch): this version has no fused kernel for it"
-    return "fused (Triton)" if torch.cuda.is_available() else "reference (plain torch): the fused kernel needs a GPU"
+    if not any("import triton" in file.read_text(encoding="utf-8") for file in folder.glob("*.py")):
+        return "plain torch: this version has no fused kernel for it"
+    return "fused (Triton)" if torch.cuda.is_available() else "plain torch: the fused kernel needs a GPU"
 
 
 def _result(test: Any) -> str:

@@ -163,12 +163,20 @@ def _run_and_copy(words: list[str], env: dict[str, str], log: TextIO) -> int:
         _write_lines([pending] if pending else [], log, live)
         code = process.wait()
     except BaseException:
-        process.terminate()
-        process.wait()
+        _end(process)
         raise
     finally:
         process.stdout.close()
     return code if code >= 0 else 128 - code
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that an interrupt has reached too, then insist."""
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
 
 
 def _write_lines(lines: list[bytes], log: TextIO, live: bool) -> None:
