@@ -36,7 +36,7 @@ class Encoding:
     prompt: bool = True
     layer: int = -1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +194,11 @@ def test_unseen_sentences_are_not_trained_on(files, tiny_model_dir):
     rows, _ = encoded.sentences_of(torch.arange(len(encoded)))
     assert empty not in encoded.response_index[rows].tolist()
     assert len(rows) == len(encoded.response_index) - 1
+    cut = replace(encoded, seen=encoded.seen & (torch.arange(len(encoded.seen)) % 3 > 0))
+    judged = cut.judged_sentences()
+    assert set(encoded.response_index[judged].tolist()) == set(range(len(encoded)))  # every response is judged
+    for row in set(range(len(cut.seen))) - set(judged.tolist()):
+        assert not cut.seen[row]
 
 
 def test_refusals(files, tiny_model_dir):
@@ -220,6 +226,25 @@ def test_records_without_experts(files, tmp_path):
     data = DiscriminatorData(str(tmp_path / "some.jsonl"), [str(files / "bad.jsonl")], val_fraction=0.0, missing_experts="drop")
     data.setup("fit")
     assert len({example.record.prompt for example in data.examples["train"]}) == 40
+
+
+def test_held_out_file_and_test_experts(files, tmp_path):
+    rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
+    renamed = [{"prompt": row["prompt"], "answer": row["expert"]} for row in rows[:8]]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    other = [{"prompt": row["prompt"], "response": "Another expert."} for row in rows[:5]]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    data = DiscriminatorData(
+        str(tmp_path / "val.jsonl"), [str(files / "bad.jsonl")], val=str(tmp_path / "val.jsonl"), columns={"expert": "answer"},
+        test_experts=str(tmp_path / "other.jsonl"), other_prompts=0.0,
+    )  # fmt: skip
+    data.setup("fit")
+    assert {name: len(examples) for name, examples in data.examples.items()} == {"train": 24, "val": 24}
+    data.setup("test")
+    assert [example.text for example in data.examples["test"] if example.kind == "expert"] == ["Another expert."] * 5
+    assert len(data.examples["test"]) == 10
+    with pytest.raises(ConfigError, match="expected val, or val_fraction above 0"):
+        DiscriminatorData(str(tmp_path / "val.jsonl"), columns={"expert": "answer"}, val_fraction=0.0).setup("test")
 
 
 def test_command_line_and_test_split(files, tiny_model_dir, tmp_path):
