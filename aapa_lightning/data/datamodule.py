@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 
-from aapa_lightning.data.records import read_records, require_experts, split_records
+from aapa_lightning.data.records import attach_experts, read_records, require_experts, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
 
@@ -60,11 +60,12 @@ class AapaDataModule(L.LightningDataModule):
         self._splits = splits
 
     def _read(self, source: str | Sequence[Record]) -> Sequence[Record]:
-        if not isinstance(source, (str, Path)):
-            return source
-        records = read_records(str(source), experts=self._experts, columns=self._columns)
         if self._experts is None:
-            return records
+            return read_records(str(source), columns=self._columns) if isinstance(source, str | Path) else source
+        if isinstance(source, str | Path):
+            records = read_records(str(source), experts=self._experts, columns=self._columns)
+        else:
+            records = attach_experts(source, self._experts)
         if self._missing_experts == "drop":
             return [record for record in records if record.experts]
         require_experts(records, f"{self._experts} has no response to it (missing_experts: drop leaves such records out)")
@@ -86,7 +87,8 @@ class AapaDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> Any:
         """Batches of the test split, or of the validation split."""
-        return self._module().eval_loader(self._splits["test"] if "test" in self._splits else self._require("val"))
+        name = next((name for name in ("test", "val") if name in self._splits), "test")
+        return self._module().eval_loader(self._require(name))
 
     def predict_dataloader(self) -> Any:
         """Batches of the test split if there is one, else of the validation, else of the training split."""

@@ -141,8 +141,9 @@ class InferenceModule(L.LightningModule):
             self._evaluator.add_experts(logprobs, batch.response_mask[:, 1:])
 
     def _expert(self, record: Record, expert: str) -> Demonstration | None:
+        fmt = replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
         try:
-            return encode_demonstration(self.tokenizer, record, expert, self.prompt_format, self.eos_token_id)
+            return encode_demonstration(self.tokenizer, record, expert, fmt, self.eos_token_id)
         except OverlongError:
             return None
 

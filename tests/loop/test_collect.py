@@ -8,6 +8,7 @@ from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.collect import AdvantageOptions, collect
 from aapa_lightning.loop.experience import Experience
+from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
 from aapa_lightning.types import Record, Rollouts
@@ -30,14 +31,14 @@ class FakeEngine:
         return self.rollouts
 
 
-class Length:
+class Length(Reward):
     name = "length"
 
     def __call__(self, responses, records):
         return [float(len(response)) for response in responses]
 
 
-class Even:
+class Even(Reward):
     name = "even"
 
     def __call__(self, responses, records):
