@@ -42,3 +42,12 @@ def same():
 def differ():
     """Whether two state dictionaries differ anywhere."""
     return lambda a, b: any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    """Lightning's chatter would bury a failure's own output."""
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        caplog.set_level(logging.WARNING, logger=name)

@@ -31,7 +31,11 @@ MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule}
 def make_records(count: int = 12) -> list[Record]:
     """Prompts of very different lengths with one expert each."""
     return [
-        Record("Describe the harbor " * (1 + i % 3) + str(i), experts=(f"The boats rest {i}." * (1 + i % 2),), source=f"data.jsonl:{i + 1}")
+        Record(
+            "Describe the harbor " * (1 + 3 * (i % 3)) + str(i),
+            experts=(f"The boats rest {i}." * (1 + i % 2),),
+            source=f"data.jsonl:{i + 1}",
+        )
         for i in range(count)
     ]
 
@@ -116,12 +120,12 @@ class SaveAt(L.Callback):
                 trainer.save_checkpoint(self.folder / f"step={self._last}.ckpt")
 
 
-def make_module(name: str, spec: PolicySpec, **options):
-    """A module of four prompts (or demonstrations) a step, two or three responses each."""
+def make_module(name: str, spec: PolicySpec, *, sgd: bool = False, **options):
+    """A module of four prompts (or demonstrations) a step, two or three responses each; ``sgd`` makes weights as smooth as gradients."""
     common = {
-        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "optimizer": partial(torch.optim.SGD, lr=0.5) if sgd else partial(torch.optim.AdamW, lr=1e-2),
         "lr_scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.7),
-        "sampling": SamplingParams(6, temperature=1.2),
+        "sampling": SamplingParams(6, temperature=1.2, stop=("a", "e", "s")),  # lengths differ
         "seed": 3,
     }
     own = {
@@ -142,14 +146,13 @@ def make_anchor(weight=0.5, *, judge: int = 0, adaptive: bool = False, **options
 
 def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logger=False, **options) -> L.Trainer:
     """A quiet CPU trainer that logs every step."""
-    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_checkpointing": False} | options
     return L.Trainer(
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         callbacks=list(callbacks),
         logger=logger,
         accelerator="cpu",
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,

@@ -1,0 +1,94 @@
+"""Runs jobs of a JSON file, one fit after another, alone or as one rank of several; the promise tests start it as a process of its own.
+
+Each job names a module and its options, the trainer's, and where its results go (``<out>.rank<r>``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "kernels"), str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+import kit
+
+from aapa_lightning.callbacks.run_folder import RunCheckpoint, RunFolder
+from aapa_lightning.checkpoint_io import AtomicCheckpointIO
+from aapa_lightning.errors import AapaError
+from aapa_lightning.policy import PolicySpec
+from aapa_lightning.runs import MetricsCSV
+
+
+class KillAt(L.Callback):
+    """Kills its own process the hard way before the optimiser step ``step`` on rank ``rank``."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class PoisonAt(L.Callback):
+    """Makes the loss of rank ``rank`` NaN in optimiser step ``step``."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def setup(self, trainer, pl_module, stage):
+        plain = pl_module.loss_terms
+
+        def poisoned(window, micro_step):
+            terms = plain(window, micro_step)
+            if trainer.global_step == self.step and trainer.global_rank == self.rank:
+                terms[0].outputs.losses = terms[0].outputs.losses * float("nan")
+            return terms
+
+        pl_module.loss_terms = poisoned
+
+
+def run(job: dict, rank: int, world_size: int) -> None:
+    """One fit; saves weights, optimiser state, rollouts and callback metrics, or the error."""
+    folder = Path(job["run"]) if "run" in job else None
+    callbacks = [kit.make_anchor(**job["anchor"])] if "anchor" in job else []
+    callbacks += [KillAt(*job["kill"])] if "kill" in job else []
+    callbacks += [PoisonAt(*job["poison"])] if "poison" in job else []
+    options = dict(job.get("trainer", {}))
+    if folder is not None:
+        callbacks += [RunFolder(folder, "a: 1\n"), RunCheckpoint(every_n_steps=1, keep="all")]
+        options |= {
+            "enable_checkpointing": True,
+            "logger": [MetricsCSV(folder)],
+            "plugins": [AtomicCheckpointIO()],
+            "default_root_dir": str(folder),
+        }
+    trainer = kit.make_trainer(
+        callbacks=callbacks, devices=world_size, strategy="ddp" if world_size > 1 else "auto", use_distributed_sampler=False, **options
+    )
+    module = kit.make_module(job["module"], PolicySpec(job["policy"]), **job.get("options", {}))
+    val = kit.make_records(3) if job.get("val") else None
+    try:
+        kit.fit(module, trainer, val=val, ckpt=job.get("ckpt"))
+    except AapaError as error:
+        result = {"error": str(error)}
+    else:
+        result = {
+            "weights": kit.weights(module),
+            "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0])["state"],
+            "seen": module.rewards.rewards[0].seen if module.rewards else [],
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "judge": callbacks[0].discriminator.fingerprint() if "anchor" in job else "",
+        }
+    torch.save(result, f"{job['out']}.rank{rank}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
