@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,11 +225,28 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder."""
+    """Write model and tokenizer as a Hugging Face folder.
+
+    Warns when the folder's tokenizer would not be this one: transformers picks the tokenizer's class by the model's type for some types,
+    and then reads the same files differently.
+    """
+    from transformers import AutoTokenizer
+
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    saved = AutoTokenizer.from_pretrained(out)
+    if saved.get_vocab() != tokenizer.get_vocab() or _pre_tokenizer(saved) != _pre_tokenizer(tokenizer):
+        warnings.warn(
+            f"{out} will not be read back with the tokenizer it was trained with: transformers takes {type(saved).__name__} for "
+            f"{model.config.model_type} models. Pass the original tokenizer as policy.tokenizer, or train a model of another type",
+            stacklevel=2,
+        )
 
 
 def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", ""))

@@ -272,3 +272,13 @@ def test_save_policy_round_trip(tiny_model_dir, tmp_path) -> None:
     save_policy(model, tokenizer, tmp_path)
     again, _ = load_policy(PolicySpec(model=str(tmp_path)))
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(("model_type", "warns"), [("qwen3", False), ("qwen2", True)])
+def test_a_folder_that_reads_its_tokenizer_differently_is_announced(model_type, warns, tiny_config, tiny_tokenizer, tmp_path, recwarn):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # transformers reads the tokenizer of every qwen2 folder with Qwen2Tokenizer, which splits text in another way
+    config = AutoConfig.for_model(**tiny_config | {"model_type": model_type})
+    save_policy(AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path)
+    assert any("will not be read back with the tokenizer" in str(warning.message) for warning in recwarn) == warns
