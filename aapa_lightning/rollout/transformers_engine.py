@@ -200,7 +200,10 @@ def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    defaults, model.generation_config = model.generation_config, GenerationConfig()
+    # under an adapter the config belongs to the model inside
+    defaults = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in defaults:
+        module.generation_config = GenerationConfig()  # type: ignore[assignment]  # a plain attribute of Hugging Face models
     training = [module for module in model.modules() if module.training]
     checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     model.eval()
@@ -209,7 +212,8 @@ def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.generation_config = defaults
+        for module, config in defaults:
+            module.generation_config = config
         for module in training:
             module.training = True
         for module in checkpointing:

@@ -93,6 +93,23 @@ def test_the_models_generation_defaults_change_nothing(engine, model, requests) 
     torch.testing.assert_close(rollouts.engine_logprobs, trainer_logprobs(model, rollouts, 0.7), atol=1e-5, rtol=0)
 
 
+def test_adapters_sample_like_any_model(model, tiny_tokenizer, requests) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    inner = copy.deepcopy(model)
+    inner.generation_config.update(repetition_penalty=5.0)
+    torch.manual_seed(0)
+    adapted = get_peft_model(inner, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5))
+    adapted.train()
+    rollouts = TransformersEngine(adapted, tiny_tokenizer, [2]).generate(requests, PARAMS, seed=0, window=0)
+    assert inner.generation_config.repetition_penalty == 5.0
+    assert adapted.training
+    adapted.eval()
+    found = trainer_logprobs(adapted, rollouts, 0.7)
+    torch.testing.assert_close(rollouts.engine_logprobs, found, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, trainer_logprobs(model, rollouts, 0.7), atol=1e-2)
+
+
 def test_rows_do_not_depend_on_batches_order_or_grouping(engine, model, tiny_tokenizer, requests) -> None:
     whole = engine.generate(requests, PARAMS, seed=3, window=5)
     assert whole.group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
