@@ -31,7 +31,7 @@ class WindowStep:
 
 
 class WindowLoader:
-    """Yields a ``WindowStep`` for every micro-step from the run's position to the end of the epoch.
+    """Yields a ``WindowStep`` for every micro-step of one epoch's length, from the run's position on.
 
     Args:
         plan: sizes.
@@ -64,9 +64,8 @@ class WindowLoader:
 
     def __iter__(self) -> Iterator[WindowStep]:
         start = self.position()
-        stop = (start // len(self) + 1) * len(self)
         window, step = -1, WindowStep(-1, 0)
-        for position in range(start, stop):
+        for position in range(start, start + len(self)):
             number, micro_step = self.plan.locate(position)
             if number != window:
                 window, step = number, self.window(number)

@@ -114,7 +114,6 @@ class PolicyModule(InferenceModule):
         """
         trainer = self.trainer
         plan = self.make_plan(trainer.accumulate_grad_batches, trainer.world_size)
-        self._check_trainer(plan)
         if plan.demonstrations and self.needs_experts:
             require_experts(demonstrations, self.needs_experts)
         if plan.prompts:
@@ -122,32 +121,46 @@ class PolicyModule(InferenceModule):
         if plan.demonstrations:
             demonstrations = self._fit(demonstrations, demonstrations=True)
         self.plan = plan
-        return WindowLoader(
+        loader = WindowLoader(
             plan,
             trainer.global_rank,
             prompts=RecordStream(prompts, self.seed) if plan.prompts else None,
             demonstrations=RecordStream(demonstrations, self.seed) if plan.demonstrations else None,
             position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
         )
+        self._check_trainer(plan, len(loader))
+        return loader
 
     def _fit(self, records: Sequence[Record], *, demonstrations: bool) -> Sequence[Record]:
         return fit_lengths(self.tokenizer, records, self.prompt_format, self.eos_token_id, demonstrations=demonstrations)
 
-    def _check_trainer(self, plan: WindowPlan) -> None:
-        trainer = self.trainer
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's Trainer has the list
-            if isinstance(callback, GradientAccumulationScheduler):
-                raise ConfigError(
-                    "GradientAccumulationScheduler changes the window plan during the run; set accumulate_grad_batches instead"
-                )
+    def _check_trainer(self, plan: WindowPlan, epoch: int) -> None:
+        trainer: Any = self.trainer  # typed as Fabric's shim or the Trainer, which alone has what follows
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise ConfigError("GradientAccumulationScheduler changes the window plan during the run; set accumulate_grad_batches instead")
         limit = trainer.limit_train_batches
-        if isinstance(limit, int) and limit % plan.accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # as above
-            raise ConfigError(f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}")
+        batches = min(limit, epoch) if isinstance(limit, int) else int(limit * epoch)
+        if batches % plan.accumulate and not trainer.fast_dev_run:
+            raise ConfigError(
+                f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}: it leaves {batches} "
+                "micro-steps an epoch"
+            )
         if self._restored is not None:
             position = trainer.global_step * plan.accumulate
             check_plan(self._restored["plan"], plan, inside_window=plan.locate(position)[1] != 0)
 
     # Training ------------------------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Forget what an earlier fit left behind."""
+        if not isinstance(self.trainer.train_dataloader, WindowLoader) or self.plan is None:
+            raise ConfigError(
+                f"{type(self).__name__}: expected the training loader that its method train_loader builds, found "
+                f"{type(self.trainer.train_dataloader).__name__}; train with AapaDataModule, or a datamodule that calls train_loader"
+            )
+        self._window = None
+        self._meter = StepMeter()
+        self._losses_finite = True
 
     def training_step(self, batch: WindowStep, batch_idx: int) -> Tensor:
         """One micro-step: open the window if need be, then the loss of its slice."""
@@ -166,7 +179,7 @@ class PolicyModule(InferenceModule):
     def _open(self, step: WindowStep) -> Window:
         plan = self.plan
         if plan is None:
-            raise RuntimeError("train_loader was not called: train with AapaDataModule, or a datamodule that calls it")
+            raise RuntimeError("train_loader was not called")
         demonstrations = [self._demonstration(record) for record in step.demonstrations]
         restored, self._restored = self._restored, None
         if restored is not None and step.micro_step > 0:

@@ -47,15 +47,14 @@ def plans(draw) -> WindowPlan:
 
 
 @given(plans(), st.data())
-def test_resumed_anywhere_it_yields_exactly_the_rest(plan: WindowPlan, data) -> None:
+def test_resumed_anywhere_it_yields_what_follows(plan: WindowPlan, data) -> None:
     length = len(loader(plan))
     whole = run(plan, 3)
     assert len(whole) == 3 * length
     assert [step[:2] for step in whole] == [divmod(i, plan.micro_steps_per_window) for i in range(3 * length)]
-    position = data.draw(st.integers(0, 3 * length - 1))
-    rest = [content(step) for step in loader(plan, position=position)]
-    end = (position // length + 1) * length  # to the end of its epoch, then the next begins
-    assert rest == whole[position:end]
+    position = data.draw(st.integers(0, 2 * length))
+    # an epoch's length from wherever it starts: a trainer that limits its epochs starts them anywhere
+    assert [content(step) for step in loader(plan, position=position)] == whole[position : position + length]
     assert len(loader(plan, position=position)) == length
 
 
@@ -68,7 +67,7 @@ def test_iterating_has_no_side_effects_and_reads_the_position_when_it_starts() -
     next(iter(built))
     assert [content(step) for step in built] == first
     done = 3
-    assert [content(step) for step in built] == first[3:]
+    assert [content(step) for step in built][: len(first) - 3] == first[3:]
 
 
 def test_windows_walk_the_stream_and_straddle_passes() -> None:

@@ -11,11 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
+import kit
 import lightning as L
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[2] / "kernels"), str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-import kit
 
 from aapa_lightning.callbacks.run_folder import RunCheckpoint, RunFolder
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO

@@ -161,7 +161,7 @@ def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logg
 
 def fit(module, trainer: L.Trainer, data=None, *, val=None, ckpt=None):
     """Train and return the module."""
-    trainer.fit(module, AapaDataModule(data or make_records(), val=val), ckpt_path=ckpt)
+    trainer.fit(module, AapaDataModule(make_records() if data is None else data, val=val), ckpt_path=ckpt)
     return module
 
 

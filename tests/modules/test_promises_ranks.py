@@ -39,9 +39,9 @@ def _job(key, folder, policy, steps=2, **trainer):
 def worker():
     source = importlib.util.spec_from_file_location("ddp_worker", WORKER)
     module = importlib.util.module_from_spec(source)
-    path = list(sys.path)
+    sys.path.insert(0, str(WORKER.parent))  # as it is when the worker runs by itself
     source.loader.exec_module(module)
-    sys.path[:] = path
+    sys.path.remove(str(WORKER.parent))
     return module
 
 
@@ -51,7 +51,8 @@ def launch(jobs, file, ranks):
     command = [sys.executable, str(WORKER), str(file)]
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = WORKER.parents[2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
 

@@ -1,5 +1,7 @@
 """Promise 6 of the loop: a step that is not finite is left out, counted and logged; many in a row stop the run."""
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_a_bad_step_is_left_out(kit, spec, name, options, kind):
     module_start = kit.make_module(name, spec)
     module_start.configure_model()
     states = [(module_start.model.state_dict(), []), *poison.states]
-    for step, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+    for step, (before, after) in enumerate(pairwise(states)):
         changed = [key for key in before[0] if not torch.equal(before[0][key], after[0][key])]
         assert bool(changed) == (step not in (0, 2))
         if step == 2:
