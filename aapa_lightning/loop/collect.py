@@ -111,7 +111,7 @@ def collect(
             aggregation=options.aggregation,
             sum_over_ranks=sum_over_ranks,
         )
-    metrics |= found | {
+    metrics |= (found if rewards is not None else {}) | {
         "response_length": float(rollouts.lengths.float().mean()),
         "truncated": float(rollouts.truncated.float().mean()),
     }

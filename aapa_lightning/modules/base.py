@@ -35,6 +35,7 @@ from aapa_lightning.types import Demonstration, Record
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+Records = Sequence[Record]
 
 
 def default_optimizer(parameters: Iterable) -> Optimizer:
@@ -55,6 +56,8 @@ class PolicyModule(InferenceModule):
 
     #: Why this objective needs expert responses, or None.
     needs_experts: str | None = None
+    #: Whether the rewards shape the loss; otherwise they are figures of evaluation.
+    trains_on_rewards = True
 
     def __init__(
         self,
@@ -116,10 +119,7 @@ class PolicyModule(InferenceModule):
         plan = self.make_plan(trainer.accumulate_grad_batches, trainer.world_size)
         if plan.demonstrations and self.needs_experts:
             require_experts(demonstrations, self.needs_experts)
-        if plan.prompts:
-            prompts = self._fit(self._select(prompts), demonstrations=False)
-        if plan.demonstrations:
-            demonstrations = self._fit(demonstrations, demonstrations=True)
+        prompts, demonstrations = self.training_records(plan, prompts, demonstrations)
         self.plan = plan
         loader = WindowLoader(
             plan,
@@ -130,6 +130,14 @@ class PolicyModule(InferenceModule):
         )
         self._check_trainer(plan, len(loader))
         return loader
+
+    def training_records(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> tuple[Records, Records]:
+        """What of the data is trained on: records within the length limits, and of the prompts those that the rewards can score."""
+        if plan.prompts:
+            prompts = self._fit(self._select(prompts), demonstrations=False)
+        if plan.demonstrations:
+            demonstrations = self._fit(demonstrations, demonstrations=True)
+        return prompts, demonstrations
 
     def _fit(self, records: Sequence[Record], *, demonstrations: bool) -> Sequence[Record]:
         return fit_lengths(self.tokenizer, records, self.prompt_format, self.eos_token_id, demonstrations=demonstrations)
@@ -172,7 +180,7 @@ class PolicyModule(InferenceModule):
         scale = float(plan.accumulate * plan.world_size)
         terms = self.loss_terms(self._window, batch.micro_step)
         loss, values = total_loss(terms, scale)
-        self._meter.add_terms(terms, values, loss, scale)
+        self._meter.add_terms(terms, values, loss)
         self._losses_finite = self._losses_finite and bool(torch.isfinite(loss))
         return loss
 
@@ -200,7 +208,7 @@ class PolicyModule(InferenceModule):
             sampling=self.sampling,
             seed=self.seed,
             window=step.window,
-            rewards=self.rewards,
+            rewards=self.rewards if self.trains_on_rewards else None,
             anchor=self.anchor,
             anchor_weight=self.anchor_weight(),
             options=self.advantage_options(),

@@ -11,7 +11,7 @@ from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, policy_inputs
-from aapa_lightning.modules.base import PolicyModule
+from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
 from aapa_lightning.policy import PolicySpec
@@ -33,6 +33,7 @@ class SFTModule(PolicyModule):
     """
 
     needs_experts = "SFT imitates expert responses"
+    trains_on_rewards = False
 
     def __init__(
         self,
@@ -63,6 +64,11 @@ class SFTModule(PolicyModule):
             accumulate=accumulate,
             world_size=world_size,
         )
+
+    def training_records(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> tuple[Records, Records]:
+        """The demonstrations twice: when anchored, responses are sampled to the very prompts whose demonstrations are imitated."""
+        fitted = self._fit(demonstrations, demonstrations=True)
+        return fitted, fitted
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """Imitation, and the adversarial term when anchored."""
