@@ -267,3 +267,36 @@ def test_every_command_has_help_with_an_example(name, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert COMMANDS[name].example in text
     assert ("--trainer.max_steps" in text) == (name in TRAINER_COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "named"),
+    [
+        ([], "model: {class_path: SFTModule}", False),
+        ([], "data: {init_args: {train: x.jsonl}}", False),
+        ([], "data: {class_path: DiscriminatorData}", True),
+        ([], "data: DiscriminatorData", True),
+        (["--data=DiscriminatorData"], "{}", True),
+        (["--data.class_path", "DiscriminatorData"], "{}", True),
+    ],
+)
+def test_the_default_data_class_gives_way_to_any_that_is_named(arguments, config, named, tmp_path):
+    from aapa_lightning.commands.config_files import names_data_class
+
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    assert names_data_class(["fit", f"--config={path}", *arguments]) == named
+    assert names_data_class(["fit", "--config", str(path), *arguments]) == named
+
+
+def test_arguments_of_the_default_data_class_do_not_leak_into_another(tmp_path):
+    from aapa_lightning.commands.train import AapaCLI, import_components
+
+    import_components()
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {class_path: DiscriminatorModule, init_args: {encoder: x}}\n"
+        "data: {class_path: DiscriminatorData, init_args: {train: t.jsonl}}\n"
+    )
+    cli = AapaCLI([f"--config={path}"], run=False)
+    assert cli.datamodule.val_fraction == 0.2  # AapaDataModule's is 0

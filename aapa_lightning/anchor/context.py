@@ -25,7 +25,9 @@ class Encoding:
         max_length: tokens of prompt and response together; also limited by the encoder. The prompt is cut first, from its beginning, down
             to a quarter of this; then the response, from its end.
         prompt: whether the encoder sees the prompt before the response.
-        layer: hidden layer to pool, as in ``hidden_states``; -1 is the last.
+        layers: hidden layers to pool side by side, as in ``hidden_states``: 0 is the embeddings, -1 the last.
+        likelihood: also pool how likely each token is under the encoder, two columns: its log-prob, and that plus the entropy of what could
+            have stood there (nats). For causal language models: what the policy finds odd about its own text is a strong sign.
         dtype: precision of the encoder.
         batch_tokens: tokens of a forward pass, padding included.
         system_prompt: system turn put before the prompt, for encoders with a chat template.
@@ -34,7 +36,8 @@ class Encoding:
 
     max_length: int = 512
     prompt: bool = True
-    layer: int = -1
+    layers: tuple[int, ...] = (-1,)
+    likelihood: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_tokens: int = 4096
     system_prompt: str | None = None

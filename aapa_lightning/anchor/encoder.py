@@ -14,6 +14,7 @@ from aapa_kernels.sentence_pool import sentence_pool
 from aapa_lightning.anchor.context import ContextRow, ContextTokenizer, Encoding, Prompt
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.logprobs import token_logprobs
 
 
 @dataclass(slots=True)
@@ -50,11 +51,11 @@ class FrozenEncoder:
 
     def __init__(self, path: str, encoding: Encoding, *, trust_remote_code: bool = False) -> None:
         self.path, self.encoding = path, encoding
-        self.model, self.tokenizer = _load(path, trust_remote_code)
+        self.model, self.tokenizer = _load(path, trust_remote_code, language_model=encoding.likelihood)
         self._fingerprint = _hash_encoder(self.model, self.tokenizer)
         self.model.to(getattr(torch, encoding.dtype)).eval().requires_grad_(False)
         text_config = self.model.config.get_text_config()
-        self.hidden_size: int = text_config.hidden_size
+        self.hidden_size: int = text_config.hidden_size * len(encoding.layers) + 2 * encoding.likelihood
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.model.config.architectures or ())
         positions = getattr(text_config, "max_position_embeddings", None) or encoding.max_length
         max_length = min(encoding.max_length, positions, self.tokenizer.model_max_length)
@@ -103,9 +104,20 @@ class FrozenEncoder:
         if getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = _pad([row.types for row in batch], 0).to(device)
         cache = {"use_cache": False} if self.context.causal else {}
-        if self.encoding.layer == -1:
+        if self.encoding.layers == (-1,) and not self.encoding.likelihood:
             return self.model(**inputs, **cache).last_hidden_state
-        return self.model(**inputs, **cache, output_hidden_states=True).hidden_states[self.encoding.layer]
+        outputs = self.model(**inputs, **cache, output_hidden_states=True)
+        parts = [outputs.hidden_states[layer] for layer in self.encoding.layers]
+        if self.encoding.likelihood:
+            parts = [part.float() for part in parts] + [_likelihood(outputs.logits, inputs["input_ids"])]
+        return torch.cat(parts, -1)
+
+
+def _likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-prob of each token, and that plus the entropy, float32 ``[B, L, 2]``; 0 for the first, which nothing predicts."""
+    logprobs, entropy = token_logprobs(logits[:, :-1], ids[:, 1:], entropy=True)
+    columns = torch.stack([logprobs, logprobs + (0.0 if entropy is None else entropy)], -1)
+    return torch.nn.functional.pad(columns, (0, 0, 1, 0))
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:
@@ -125,12 +137,13 @@ def _batches(rows: list[ContextRow], batch_tokens: int) -> Iterator[list[Context
         yield batch
 
 
-def _load(path: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
+def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    loader = AutoModelForCausalLM if language_model else AutoModel
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, info = AutoModel.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
+        model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"cannot load the encoder {path!r}: expected a folder (or Hub name) with a model and its tokenizer, found: "
@@ -141,6 +154,10 @@ def _load(path: str, trust_remote_code: bool) -> tuple[Any, Any]:
     if not tokenizer.is_fast:
         raise ConfigError(f"encoder {path!r} has no fast tokenizer, which maps characters to tokens; expected a tokenizer.json beside it")
     missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if language_model and any(name.startswith(("cls.", "lm_head", "predictions")) for name in missing):
+        raise ConfigError(
+            f"encoding.likelihood: expected a causal language model, but {path!r} ({model.config.model_type}) has no head for it"
+        )
     if missing:
         raise ConfigError(f"encoder {path!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); random ones would be used")
     return model, tokenizer

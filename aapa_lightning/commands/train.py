@@ -23,6 +23,7 @@ from typing_extensions import override
 from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, RunFolder
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.cli import COMMANDS, TRAINER_COMMANDS
+from aapa_lightning.commands.config_files import names_data_class
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
@@ -76,6 +77,7 @@ class AapaCLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str], run: bool = True) -> None:
+        self._arguments = arguments
         descriptions = {name: _parser_kwargs(name) for name in TRAINER_COMMANDS}
         super().__init__(
             LightningModule,
@@ -97,7 +99,8 @@ class AapaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/<name of the module>).")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.set_defaults({"data": DEFAULT_DATA})
+        if not names_data_class(self._arguments):
+            parser.set_defaults({"data": DEFAULT_DATA})
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

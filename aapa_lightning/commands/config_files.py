@@ -1,0 +1,36 @@
+"""What a call's configuration files say, before the real parser reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+
+def names_data_class(arguments: Sequence[str]) -> bool:
+    """Whether the arguments or one of their configuration files choose the class of ``data``.
+
+    Only where nobody does may there be a default: the parser would hand the default class's argument values on to whatever class replaces
+    it, wherever two arguments share a name.
+    """
+    if any(word.partition("=")[0] in ("--data", "--data.class_path") for word in arguments):
+        return True
+    return any(_chooses(path) for path in _config_paths(arguments))
+
+
+def _config_paths(arguments: Sequence[str]) -> Iterator[str]:
+    for i, word in enumerate(arguments):
+        name, given, value = word.partition("=")
+        if name in ("-c", "--config"):
+            yield value if given else arguments[i + 1] if i + 1 < len(arguments) else ""
+
+
+def _chooses(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config: Any = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    data = config.get("data") if isinstance(config, dict) else None
+    return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
