@@ -24,6 +24,11 @@ def last_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / "checkpoints" / "last.ckpt"
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Whether the folder has anything but the configuration, which a run that failed early leaves."""
+    return run_dir.exists() and any(path.name != "config.yaml" for path in run_dir.iterdir())
+
+
 class MetricsCSV(Logger):
     """One row a step in ``metrics.csv``, on disk as soon as it is logged.
 

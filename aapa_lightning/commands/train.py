@@ -28,7 +28,7 @@ from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.policy import export_policy
-from aapa_lightning.runs import MetricsCSV, last_checkpoint
+from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
 
 #: Packages whose classes a configuration may name without their path.
 COMPONENTS = ("modules", "data", "callbacks", "rewards", "anchor", "rollout")
@@ -138,7 +138,7 @@ class AapaCLI(LightningCLI):
             if self.checkpoint is None and not last_checkpoint(self.run_dir).exists():
                 raise ConfigError(f"--resume: no checkpoint at {last_checkpoint(self.run_dir)}; leave --resume out to start the run")
             self.checkpoint = self.checkpoint or str(last_checkpoint(self.run_dir))
-        elif not _get_rank() and not self._dry and _holds_run(self.run_dir):
+        elif not _get_rank() and not self._dry and holds_run(self.run_dir):
             raise ConfigError(
                 f"{self.run_dir} already holds a run; continue it with --resume, choose another folder with --run_dir, or remove it"
             )
@@ -243,11 +243,6 @@ def _parser_kwargs(command: str) -> dict[str, str]:
 
 def _default_run_dir(class_path: str) -> str:
     return f"runs/{class_path.rsplit('.', 1)[-1].removesuffix('Module').lower()}"
-
-
-def _holds_run(run_dir: Path) -> bool:
-    """Whether the folder has anything but the configuration, which a run that failed early leaves."""
-    return run_dir.exists() and any(path.name != "config.yaml" for path in run_dir.iterdir())
 
 
 def _saved_step(checkpoint: str) -> int:
