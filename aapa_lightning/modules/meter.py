@@ -28,12 +28,11 @@ class StepMeter:
         for name, value in values.items():
             self.add(name, value, 1.0)
 
-    def add_terms(self, terms: list[LossTerm], values: Mapping[str, Tensor], loss: Tensor, scale: float) -> None:
-        """Add one micro-step: reduced losses carry ``scale``, so their sum over micro-steps and ranks is divided by it once."""
-        share = 1.0 / scale
-        self.add("loss", loss.detach() * share, share)
+    def add_terms(self, terms: list[LossTerm], values: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Add one micro-step: reduced losses carry the number of micro-steps x ranks, so the step's loss is their mean."""
+        self.add("loss", loss.detach(), 1.0)
         for term in terms:
-            self.add(f"loss/{term.name}", values[term.name] * share, share)
+            self.add(f"loss/{term.name}", values[term.name], 1.0)
             tokens = term.mask.sum()
             for name, value in term.outputs.metrics.items():
                 self.add(f"{term.name}/{name}", masked_sum(value, term.mask), tokens)

@@ -20,7 +20,7 @@ def demonstration(learned: int) -> Demonstration:
 
 
 PLAN = WindowPlan(prompts=4, samples=2, minibatches=2, passes=2, demonstrations=2, accumulate=2)
-LENGTHS = [3, 1, 2, 5, 0, 4, 1, 1]
+LENGTHS = [3, 1, 2, 5, 0, 4, 1, 2]
 LEARNED = [2, 3, 1, 1, 4, 0, 5, 2]
 
 
@@ -32,7 +32,7 @@ def window(make_rollouts):
 
 def test_counts_are_those_of_the_optimiser_step(window) -> None:
     # minibatch 0: prompts 0 and 1 (row 3 is truncated and masked), minibatch 1: prompts 2 and 3 (row 4 is empty)
-    expected = [StepCounts(6.0, 3.0), StepCounts(6.0, 3.0)]
+    expected = [StepCounts(6.0, 3.0), StepCounts(7.0, 3.0)]
     # a step's two micro-steps take one demonstration each; one of them has nothing to learn
     imitated = [StepCounts(5.0, 2.0), StepCounts(2.0, 2.0), StepCounts(4.0, 1.0), StepCounts(7.0, 2.0)]
     for micro_step in range(8):

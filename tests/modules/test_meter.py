@@ -18,7 +18,7 @@ def fill(meter: StepMeter, rows: list[slice], scale: float, aggregation: str = "
         outputs = LossOutputs(LOSSES[part], {"half": LOSSES[part] / 2})
         term = LossTerm("policy", outputs, MASK[part], counts, aggregation, 0.5)
         loss, values = total_loss([term], scale)
-        meter.add_terms([term], values, loss, scale)
+        meter.add_terms([term], values, loss)
 
 
 @pytest.mark.parametrize("aggregation", ["dapo", "grpo"])

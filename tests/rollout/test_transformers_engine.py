@@ -200,6 +200,17 @@ def test_padding_may_equal_eos(say, tiny_tokenizer) -> None:
     assert rollouts.prompt_mask.sum(-1).tolist() == [len(tiny_tokenizer(r.prompt)["input_ids"]) for r in rollouts.records]
 
 
+def test_the_padding_token_may_stand_in_a_prompt(model, engine, tiny_tokenizer, requests) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(requests[1].prompt_ids[-1])
+    assert tokenizer.pad_token_id in requests[1].prompt_ids
+    rollouts = TransformersEngine(model, tokenizer, engine.eos_ids).generate(requests, PARAMS, seed=0, window=0)
+    torch.testing.assert_close(rollouts.engine_logprobs, trainer_logprobs(model, rollouts, 0.7), atol=1e-5, rtol=0)
+    assert [ids for ids, *_ in by_row(rollouts).values()] == [
+        ids for ids, *_ in by_row(engine.generate(requests, PARAMS, seed=0, window=0)).values()
+    ]
+
+
 def test_the_padding_token_may_be_drawn(say, tiny_tokenizer) -> None:
     pad, eos = tiny_tokenizer.pad_token_id, tiny_tokenizer.eos_token_id
     rollouts = say([[pad, pad, 50, eos], [50, pad, pad, pad]], eos=[eos], params=replace(PARAMS, max_new_tokens=4))
