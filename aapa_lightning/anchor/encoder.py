@@ -140,7 +140,7 @@ def _batches(rows: list[ContextRow], batch_tokens: int) -> Iterator[list[Context
 def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    loader = AutoModelForCausalLM if language_model else AutoModel
+    loader: Any = AutoModelForCausalLM if language_model else AutoModel
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)

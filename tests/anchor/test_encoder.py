@@ -124,24 +124,6 @@ def test_causal_encoder_without_template_and_layers(tiny_model_dir, tmp_path):
     torch.testing.assert_close(found, by_hand(folder, "Hi ", TEXTS[0], spans, pair=False), atol=1e-5, rtol=1e-4)
     middle = FrozenEncoder(str(folder), Encoding(layers=(1,)))(["Hi "], [TEXTS[0]], [spans]).embeddings
     assert not torch.allclose(middle, found)
-    both = FrozenEncoder(str(folder), Encoding(layers=(1, -1)))(["Hi "], [TEXTS[0]], [spans]).embeddings
-    torch.testing.assert_close(both, torch.cat([middle, found], -1))
-
-
-def test_likelihood_is_that_of_the_language_model(tiny_model_dir, tmp_path):
-    folder = shutil.copytree(tiny_model_dir, tmp_path / "plain")
-    (folder / "chat_template.jinja").unlink()
-    encoder, text = FrozenEncoder(str(folder), Encoding(likelihood=True)), TEXTS[0]
-    whole = [(0, len(text))]
-    found = encoder(["Hi "], [text], [whole]).embeddings
-    assert found.shape == (1, encoder.hidden_size)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt, response = tokenizer("Hi ").input_ids, tokenizer(text).input_ids
-    distribution = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-    logprobs = distribution[torch.arange(len(response)), response]
-    entropy = -(distribution.exp() * distribution).sum(-1)
-    expected = torch.stack([logprobs.mean(), (logprobs + entropy).mean()]).float()
-    torch.testing.assert_close(found[0, -2:], expected.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_likelihood_needs_a_language_model(bert):
