@@ -72,7 +72,6 @@ def judge_of(path, features=("sentence", "response"), folds=1, **encoding):
 
 def by_hand(path, prompt_text, text, spans, *, pair):
     """Sentence means by the tokenizer's own pair encoding, in a batch of one."""
-    from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     if pair:
