@@ -45,10 +45,13 @@ def _entropy(logits: Tensor, normaliser: Tensor) -> Tensor:
 
 
 def _takes_position_ids(model: nn.Module) -> bool:
-    # Models without absolute or rotary positions (ALiBi, state space) have no such argument; an adapter hides its model's signature.
-    base = getattr(model, "get_base_model", None)
-    inner = model if base is None else base()
-    return "position_ids" in inspect.signature(inner.forward).parameters
+    # Models without absolute or rotary positions (ALiBi, state space) have no such argument; adapters, DDP, Fabric and torch.compile hide
+    # their model's signature behind one of their own.
+    inner: Any = model
+    for name in ("_forward_module", "module", "_orig_mod"):
+        inner = getattr(inner, name, inner)
+    base = getattr(inner, "get_base_model", None)
+    return "position_ids" in inspect.signature((inner if base is None else base()).forward).parameters
 
 
 def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:

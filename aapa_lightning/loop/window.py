@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from aapa_lightning.data.encode import PromptFormat, encode_prompt
 from aapa_lightning.logprobs import response_logprobs
 from aapa_lightning.loop.demonstrations import count_demonstrations
-from aapa_lightning.loop.experience import Experience, experience_state, restore_experience
+from aapa_lightning.loop.experience import Experience, experience_state, restore_experience, slice_rollouts
 from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.reduce import StepCounts, count_step
 from aapa_lightning.rollout.base import RolloutRequest
-from aapa_lightning.types import Demonstration, SumOverRanks, TokenLossInputs, identity_sum
+from aapa_lightning.types import Demonstration, Rollouts, SumOverRanks, TokenLossInputs, identity_sum
 
 
 @dataclass(slots=True)
@@ -124,6 +124,28 @@ def policy_inputs(
         ref_logprobs=experience.ref_logprobs,
         entropy=entropies,
     )
+
+
+def window_logprobs(model: nn.Module, rollouts: Rollouts, plan: WindowPlan, temperature: float) -> Tensor:
+    """Old (or reference) log-probs of a window's rollouts, in the very slices that are trained on: the same forward gives the same bits.
+
+    Args:
+        model: the policy, or a reference.
+        rollouts: one rank's share of a window.
+        plan: its sizes.
+        temperature: of the rollouts.
+
+    Returns:
+        float32 ``[N, L]`` nats, 0 on padding, without gradient.
+    """
+    scored = torch.zeros(rollouts.response_ids.shape, device=rollouts.response_ids.device)
+    with torch.no_grad():
+        for micro_step in range(plan.minibatches * plan.accumulate):
+            rows = group_rows(plan, micro_step)
+            part = slice_rollouts(rollouts, rows)
+            logprobs, _ = response_logprobs(model, part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask, temperature)
+            scored[rows, : logprobs.shape[1]] = logprobs
+    return scored
 
 
 def window_state(window: Window) -> dict[str, Any]:

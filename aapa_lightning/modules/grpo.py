@@ -12,12 +12,11 @@ from torch import Tensor
 
 from aapa_lightning.anchor.signal import combine_advantages
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.logprobs import response_logprobs
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, no_rescoring
-from aapa_lightning.loop.experience import Experience, slice_rollouts
+from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
-from aapa_lightning.loop.window import Window, group_rows, policy_inputs
+from aapa_lightning.loop.window import Window, policy_inputs, window_logprobs
 from aapa_lightning.modules.base import PolicyModule
 from aapa_lightning.objectives.grpo import grpo_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
@@ -128,23 +127,11 @@ class GRPOModule(PolicyModule):
         needs_old = plan.steps_per_window > 1 or self._options.reward_kl > 0
 
         def score(rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
-            old = self._score_slices(self.model, rollouts, plan) if needs_old else None
-            reference = self._score_slices(self._reference[0], rollouts, plan) if self._reference else None
+            old = window_logprobs(self.model, rollouts, plan, self.sampling.temperature) if needs_old else None
+            reference = window_logprobs(self._reference[0], rollouts, plan, self.sampling.temperature) if self._reference else None
             return old, reference
 
         return score
-
-    def _score_slices(self, model: torch.nn.Module, rollouts: Rollouts, plan: WindowPlan) -> Tensor:
-        """Log-probs of a window in the very slices that are trained on, so that the same forward gives the same bits."""
-        scored = torch.zeros(rollouts.response_ids.shape, device=self.device)
-        for micro_step in range(plan.minibatches * plan.accumulate):
-            rows = group_rows(plan, micro_step)
-            part = slice_rollouts(rollouts, rows)
-            logprobs, _ = response_logprobs(
-                model, part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask, self.sampling.temperature
-            )
-            scored[rows, : logprobs.shape[1]] = logprobs
-        return scored
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """The task's surrogate, and the anchor's on the same log-probs."""
