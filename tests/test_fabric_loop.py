@@ -71,7 +71,8 @@ def test_the_documented_loop_equals_the_trainer(train, kit, tiny_model_dir):
 
 def test_wrappers_do_not_hide_position_ids(tiny_model_dir):
     """Left padding needs explicit positions, also when a wrapper has a signature of its own."""
-    model, _ = load_policy(PolicySpec(str(tiny_model_dir)))
+    absolute = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "initializer_range": 0.5}
+    model, _ = load_policy(PolicySpec(config=absolute, tokenizer=str(tiny_model_dir)))
     ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
     padded, holes = torch.tensor([[9, 9, 1, 2, 3, 4]]), torch.tensor([[False, False, True, True, True, True]])
     response, kept = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)

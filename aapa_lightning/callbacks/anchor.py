@@ -85,6 +85,7 @@ class AnchorCallback(Callback):
         }
         self.term: AnchorTerm | None = None
         self._step = 0
+        self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build the term once and give it to the module. Raises ConfigError when the module, the folder or the options do not fit."""
@@ -122,15 +123,19 @@ class AnchorCallback(Callback):
             self.term.to(pl_module.device).freeze()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where the run starts."""
-        self._step = trainer.global_step
+        """Remember where the run starts, after what is due: a callback before this one may have saved between a step and its end."""
+        if self._step < trainer.global_step and self._resumed:
+            self._advance(trainer)
+        self._step, self._resumed = trainer.global_step, False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advance the term when an optimiser step was done, not per batch; the guard warns or stops, on all ranks alike."""
-        if trainer.global_step == self._step or self.term is None:
-            return
-        self._step = trainer.global_step
-        report = self.term.advance()
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._advance(trainer)
+
+    def _advance(self, trainer: Trainer) -> None:
+        report = self.term.advance() if self.term is not None else None
         if report is None or not report.tripped:
             return
         stops = report.action == "stop"
@@ -145,10 +150,11 @@ class AnchorCallback(Callback):
             host.anchor = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The term's: a fingerprint, schedule, guard and counters."""
-        return {} if self.term is None else self.term.state_dict()
+        """The term's (a fingerprint, schedule, guard and counters) and the last step that it has learnt from."""
+        return {} if self.term is None else {**self.term.state_dict(), "step": self._step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the term's state. Raises ConfigError for another discriminator."""
         if self.term is not None and state_dict:
             self.term.load_state_dict(state_dict)
+            self._step, self._resumed = int(state_dict["step"]), True

@@ -151,7 +151,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(tmp_path):
     assert resumed.seen == whole.seen[3:]
     assert resumed.seen[-1][1] < 0.4
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["AnchorCallback"]
-    assert set(state) == {"fingerprint", "schedule", "guard", "pending", "windows", "trips"}
+    assert set(state) == {"fingerprint", "schedule", "guard", "pending", "windows", "trips", "step"}
     with pytest.raises(ConfigError, match="another discriminator"):
         fit(AnchorCallback(Judge(2.0), weight=Adaptive(0.4)), tmp_path, ckpt_path=tmp_path / "half.ckpt")
 

@@ -79,6 +79,20 @@ def test_checkpoint_in_the_middle_of_an_accumulation_rewinds(kit, spec, tmp_path
         assert_equal(whole, run(tmp_path / "again", ckpt=file), first_step=step)
 
 
+def test_a_callback_may_save_before_the_anchor_has_learnt(kit, spec, tmp_path):
+    def run(folder, ckpt=None):
+        anchor = kit.make_anchor(0.5, adaptive=True)
+        module = kit.make_module("grpo", spec, updates_per_window=2)
+        kit.fit(module, kit.make_trainer(6, accumulate=2, callbacks=[kit.SaveAt(folder, batches=(3, 7)), anchor]), ckpt=ckpt)
+        return kit.weights(module), anchor.term.state_dict()
+
+    whole = run(tmp_path)
+    for name in ["step=1", "step=2", "step=3", "step=4", "step=5", "batch=3", "batch=7"]:
+        again = run(tmp_path / "again", ckpt=tmp_path / f"{name}.ckpt")
+        torch.testing.assert_close(again[0], whole[0], rtol=0, atol=0)
+        assert again[1] == whole[1]
+
+
 def test_another_discriminator_is_refused(kit, spec, tmp_path):
     run = Run(kit, spec, "one update", anchored=True)
     run(tmp_path, steps=1)
