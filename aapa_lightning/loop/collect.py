@@ -111,7 +111,9 @@ def collect(
             aggregation=options.aggregation,
             sum_over_ranks=sum_over_ranks,
         )
-    metrics |= (found if rewards is not None else {}) | {
+    # the task's own mean reward stays, without what the anchor or a KL put into it
+    metrics = (found if rewards is not None else {}) | metrics
+    metrics |= {
         "response_length": float(rollouts.lengths.float().mean()),
         "truncated": float(rollouts.truncated.float().mean()),
     }

@@ -166,3 +166,8 @@ def test_truncated_sampling_warns(rollouts) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(rollouts)
+
+
+def test_the_logged_reward_is_the_tasks_alone(rollouts) -> None:
+    experience = run(rollouts, anchor=anchor(combine="reward"), anchor_weight=2.0)
+    assert experience.metrics["reward"] == 3.0  # the mean length; with the anchor's column it would be 3.75
