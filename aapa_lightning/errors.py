@@ -28,6 +28,14 @@ class MissingDependencyError(AapaError):
     """An optional package is not installed. The message names the extra that brings it."""
 
 
+def users_cause(error: BaseException) -> BaseException:
+    """The first of these errors that ``error`` was raised from, however deep; ``error`` itself when there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, AapaError):
+        cause = cause.__cause__
+    return cause or error
+
+
 def choose(options: Mapping[str, T], name: str, option: str) -> T:
     """Look up a named option.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,16 @@ class PolicySpec:
 
 
 def resolve_attention(name: str, dtype: torch.dtype) -> str:
-    """The attention implementation that ``auto`` stands for on this machine; other names are returned unchanged."""
+    """The attention implementation that ``auto`` stands for on this machine; other names are returned unchanged.
+
+    Raises:
+        MissingDependencyError: flash-attention 2 is asked for by name and not installed.
+    """
+    if name == "flash_attention_2" and not find_spec("flash_attn"):
+        raise MissingDependencyError(
+            "policy.attn_implementation=flash_attention_2: expected the package flash-attn, found none; "
+            "pip install 'aapa-lightning[flash]', or use auto or sdpa"
+        )
     if name != "auto":
         return name
     from transformers.utils import is_flash_attn_2_available

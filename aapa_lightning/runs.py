@@ -25,8 +25,8 @@ def last_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether the folder has anything but the configuration, which a run that failed early leaves."""
-    return run_dir.exists() and any(path.name != "config.yaml" for path in run_dir.iterdir())
+    """Whether the folder has anything but the configuration and an empty log, which a run that failed early leaves."""
+    return run_dir.exists() and any(path.name not in ("config.yaml", "tensorboard") for path in run_dir.iterdir())
 
 
 class MetricsCSV(Logger):

@@ -28,7 +28,11 @@ class SampleWriter(Callback):
             raise ConfigError(f"samples: expected every_n_steps and groups of at least 1, found {every_n_steps} and {groups}")
         self.every_n_steps = every_n_steps
         self.groups = groups
-        self._step = -1
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where the run starts: its first micro-steps belong to a step that is not done yet."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write when an optimiser step is done that is due."""

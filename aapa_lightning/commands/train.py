@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -21,29 +19,21 @@ from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
 from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, RunFolder
+from aapa_lightning.callbacks.samples import SampleWriter
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
-from aapa_lightning.cli import COMMANDS, TRAINER_COMMANDS
+from aapa_lightning.cli import TRAINER_COMMANDS
 from aapa_lightning.commands.config_files import names_data_class
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs
+from aapa_lightning.errors import ConfigError, users_cause
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.policy import export_policy
 from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
 
-#: Packages whose classes a configuration may name without their path.
-COMPONENTS = ("modules", "data", "callbacks", "rewards", "anchor", "rollout")
 #: The data module of a configuration that names none.
 DEFAULT_DATA = {"class_path": "aapa_lightning.data.datamodule.AapaDataModule"}
 #: Keys of one command's call, left out of the saved configuration so that every command reads it.
 CALL_KEYS = ("config", "resume", "test", "ckpt_path", "weights_only", "verbose", "return_predictions")
-
-
-def import_components() -> None:
-    """Import the classes that a configuration names, so that ``--model GRPOModule`` is enough."""
-    for name in COMPONENTS:
-        package = importlib.import_module(f"aapa_lightning.{name}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def run_trainer(arguments: list[str]) -> int:
@@ -53,17 +43,6 @@ def run_trainer(arguments: list[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     AapaCLI(arguments)
     return 0
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two instead of listing every option."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        raise ConfigError(f"{message}\n{parser.prog.replace(' [options]', '')} --help lists the options")
 
 
 class AapaCLI(LightningCLI):
@@ -78,7 +57,7 @@ class AapaCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], run: bool = True) -> None:
         self._arguments = arguments
-        descriptions = {name: _parser_kwargs(name) for name in TRAINER_COMMANDS}
+        descriptions = {name: parser_kwargs(name) for name in TRAINER_COMMANDS}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -130,7 +109,7 @@ class AapaCLI(LightningCLI):
         elif self.subcommand and self.checkpoint is None and last_checkpoint(self.run_dir).exists():
             self.checkpoint = str(last_checkpoint(self.run_dir))
         if self.subcommand not in (None, "fit") and not _get_rank():
-            print(f"{self.subcommand}: weights of {self.checkpoint or 'a fresh model, no checkpoint given or in ' + str(self.run_dir)}")
+            print(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
 
     def _claim(self) -> None:
         """Refuse a folder that holds another run; find the checkpoint to continue."""
@@ -148,12 +127,18 @@ class AapaCLI(LightningCLI):
         return bool(self._get(self.config, "trainer").get("fast_dev_run"))
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what a constructor raises, layer by layer
+            raise users_cause(error) from None
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config["logger"])
-        plugins = config["plugins"]
-        config["plugins"] = plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins else []
+        config["plugins"] = plugins = _as_list(config["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         try:
@@ -174,7 +159,7 @@ class AapaCLI(LightningCLI):
             ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours
-        return ours + (list(chosen) if isinstance(chosen, list | tuple) else [chosen])
+        return ours + _as_list(chosen)
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         ours: list[Callback] = []
@@ -182,6 +167,8 @@ class AapaCLI(LightningCLI):
             ours.append(ResponseWriter(self._response_file()))
         elif self.subcommand == "fit" and not self._dry:
             ours.append(RunFolder(self.run_dir, self._resolved()))
+            if not any(isinstance(callback, SampleWriter) for callback in _as_list(config["callbacks"])):
+                ours.append(SampleWriter())
         return ours if self._dry or config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
 
     def _response_file(self) -> Path:
@@ -236,13 +223,12 @@ class AapaCLI(LightningCLI):
             write_json(self.run_dir / name, {key: float(value) for row in results for key, value in row.items()})
 
 
-def _parser_kwargs(command: str) -> dict[str, str]:
-    row = COMMANDS[command]
-    return {"description": f"{row.summary[0].upper()}{row.summary[1:]}. Example: {row.example}"}
-
-
 def _default_run_dir(class_path: str) -> str:
     return f"runs/{class_path.rsplit('.', 1)[-1].removesuffix('Module').lower()}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
 def _saved_step(checkpoint: str) -> int:

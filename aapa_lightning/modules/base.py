@@ -97,10 +97,12 @@ class PolicyModule(InferenceModule):
 
     def configure_optimizers(self) -> Any:
         """The factory's optimiser over the trainable parameters, and the scheduler per step."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        except ValueError as error:  # their way to refuse an argument
+            raise ConfigError(f"model: optimizer or lr_scheduler: {error}") from error
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Data ----------------------------------------------------------------------------------------------------------------------------
 

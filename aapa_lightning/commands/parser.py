@@ -1,0 +1,41 @@
+"""The parser of the trainer commands: short class names, help with an example, errors of a line or two."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+from aapa_lightning.cli import COMMANDS
+from aapa_lightning.errors import ConfigError
+
+#: Packages whose classes a configuration may name without their path.
+COMPONENTS = ("modules", "data", "callbacks", "rewards", "anchor", "rollout")
+
+
+def import_components() -> None:
+    """Import the classes that a configuration names, so that ``--model GRPOModule`` is enough."""
+    for name in COMPONENTS:
+        package = importlib.import_module(f"aapa_lightning.{name}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two instead of listing every option."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ConfigError(f"{message}\n{parser.prog.replace(' [options]', '')} --help lists the options")
+
+
+def parser_kwargs(command: str) -> dict[str, str]:
+    """What the parser of a command is made with: its description."""
+    row = COMMANDS[command]
+    return {"description": f"{row.summary[0].upper()}{row.summary[1:]}. Example: {row.example}"}
