@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,32 @@ def aapa_data() -> Path:
     if not folder:
         pytest.skip("AAPA_DATA is not set: real prompts and responses are not available")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def header_commands():
+    """``header_commands(file)``: the ``aapa`` commands, as words, in the comments that head a configuration."""
+
+    def commands(file: Path) -> list[list[str]]:
+        lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+        found = [re.fullmatch(r"# (?:[A-Z_]+=\S+ )?aapa (.+)", line) for line in lines]
+        return [shlex.split(match[1]) for match in found if match]
+
+    return commands
+
+
+@pytest.fixture(scope="session")
+def debug_runs(header_commands, tmp_path_factory) -> Path:
+    """A folder with ``configs/`` and what the debug configs build on: the world, and one step each of SFT, rollouts and discriminator."""
+    from aapa_lightning.cli import main
+
+    folder = tmp_path_factory.mktemp("debug")
+    configs = Path(__file__).parents[1] / "configs"
+    (folder / "configs").symlink_to(configs)
+    short = {"fit": ["--trainer.max_steps=1", "--trainer.logger=false"], "predict": []}
+    with contextlib.chdir(folder):
+        assert main(["data", "synthetic", "--out=runs/world", "--train=48", "--val=8", "--test=8"]) == 0
+        for name in ("sft", "rollouts", "discriminator"):
+            (words,) = header_commands(configs / "debug" / f"{name}.yaml")
+            assert main([*words, *short[words[0]], "--trainer.enable_progress_bar=false"]) == 0
+    return folder

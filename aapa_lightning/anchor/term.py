@@ -9,7 +9,7 @@ In a loop of one's own::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -24,7 +24,7 @@ from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
 from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Pool, Scale, Transform, Truncated, build_signal
 from aapa_lightning.anchor.thinking import answer_view
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.types import AnchorSignal, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 
 class AnchorTerm:
@@ -77,6 +77,7 @@ class AnchorTerm:
         self.discriminator = discriminator
         self._fingerprint = discriminator.fingerprint()  # hashing large weights takes seconds
         self.bank = bank
+        self._compared = bank if self.options.transform == "bt_gap" else None
         self.score_thinking = score_thinking
         self.schedule = as_schedule(weight)
         self.guard = guard or Guard()
@@ -110,6 +111,13 @@ class AnchorTerm:
         """
         check_host(self.options, group_size=group_size, ratio_level=ratio_level)
 
+    def check_records(self, records: Sequence[Record]) -> None:
+        """Raise DataError naming the first record without the expert responses, or their logits, that scores are compared with."""
+        if self.discriminator.needs_experts:
+            require_experts(records)
+        if self._compared is not None:
+            mean_expert_logits(self._compared, records)
+
     def signal(self, rollouts: Rollouts, *, sum_over_ranks: SumOverRanks = identity_sum) -> AnchorSignal:
         """Score whole groups of rollouts.
 
@@ -127,8 +135,7 @@ class AnchorTerm:
         device = rollouts.response_ids.device
         # Scores must not depend on the precision of the policy's step: the bank's were computed without autocast.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            compared = self.bank if self.options.transform == "bt_gap" else None
-            expert_logits = None if compared is None else mean_expert_logits(compared, rollouts.records).to(device)
+            expert_logits = None if self._compared is None else mean_expert_logits(self._compared, rollouts.records).to(device)
             logits, spans = self._score(rollouts)
             return build_signal(logits, spans, rollouts, self.options, expert_logits=expert_logits, sum_over_ranks=sum_over_ranks)
 

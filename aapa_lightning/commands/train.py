@@ -76,7 +76,9 @@ class AapaCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/<name of the module>).")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/MODULE, runs/aapa-MODULE if anchored)."
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         if not names_data_class(self._arguments):
             parser.set_defaults({"data": DEFAULT_DATA})
@@ -101,7 +103,7 @@ class AapaCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        self.run_dir = Path(self._get(self.config, "run_dir") or _default_run_dir(self._get(self.config, "model").class_path))
+        self.run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir())
         self.resume = bool(self._get(self.config, "resume", False))
         self.checkpoint = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit":
@@ -110,6 +112,12 @@ class AapaCLI(LightningCLI):
             self.checkpoint = str(last_checkpoint(self.run_dir))
         if self.subcommand not in (None, "fit") and not _get_rank():
             print(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
+
+    def _default_run_dir(self) -> str:
+        name = self._get(self.config, "model").class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
+        callbacks = _as_list(self._get(self.config, "trainer").callbacks)
+        anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in callbacks)
+        return f"runs/{'aapa-' if anchored else ''}{name}"
 
     def _claim(self) -> None:
         """Refuse a folder that holds another run; find the checkpoint to continue."""
@@ -221,10 +229,6 @@ class AapaCLI(LightningCLI):
     def _write_metrics(self, name: str, results: Any) -> None:
         if self.trainer.is_global_zero and not self._dry:
             write_json(self.run_dir / name, {key: float(value) for row in results for key, value in row.items()})
-
-
-def _default_run_dir(class_path: str) -> str:
-    return f"runs/{class_path.rsplit('.', 1)[-1].removesuffix('Module').lower()}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -122,6 +122,8 @@ class PolicyModule(InferenceModule):
         if plan.demonstrations and self.needs_experts:
             require_experts(demonstrations, self.needs_experts)
         prompts, demonstrations = self.training_records(plan, prompts, demonstrations)
+        if self.anchor is not None:
+            self.anchor.check_records(prompts)
         self.plan = plan
         loader = WindowLoader(
             plan,
