@@ -149,7 +149,11 @@ class ExpertBank:
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        rows = _write(partial, _scored(records, discriminator, segmenter, batch_size, score_thinking))
+        try:
+            rows = _write(partial, _scored(records, discriminator, segmenter, batch_size, score_thinking))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         cross_fitted = bool(getattr(discriminator, "cross_fitted", False))
         stamp = {"fingerprint": discriminator.fingerprint(), "rows": rows, "cross_fitted": cross_fitted, "segmenter": segmenter.settings()}
         write_json(partial / _STAMP, stamp)
@@ -179,7 +183,8 @@ def _scored(
         for record in batch:
             if not record.experts:
                 raise DataError(
-                    f"{record.source}: no expert response, but the expert bank needs one for every prompt; add a column 'expert'"
+                    f"{record.source}: no expert response, but the expert bank needs one for every prompt; add a column 'expert', or "
+                    "leave such records out (aapa bank build --missing-experts drop)"
                 )
         pairs = [(record, text if score_thinking else text[answer_start(text) :]) for record in batch for text in record.experts]
         texts = [text for _, text in pairs]

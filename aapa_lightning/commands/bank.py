@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from aapa_lightning.commands.columns import add_column_option, parse_columns
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -13,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--data", required=True, help="records with expert responses")
     build.add_argument("--split", help="split of a datasets name or folder")
     build.add_argument("--experts", metavar="FILE", help="response file whose responses become the experts")
+    build.add_argument("--missing-experts", choices=("error", "drop"), default="error", help="records without one (default: %(default)s)")
+    add_column_option(build)
     build.add_argument("--discriminator", required=True, help="folder that a discriminator run exported")
     build.add_argument("--encoder", help="where the discriminator's encoder lies now, if it has moved")
     build.add_argument("--out", required=True, help="folder to write; an existing bank is replaced")
@@ -31,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: torch {torch.__version__} finds no GPU; use --device cpu")
-    records = read_records(args.data, split=args.split, experts=args.experts)
+    records = read_records(args.data, split=args.split, experts=args.experts, columns=parse_columns(args.column))
+    if args.missing_experts == "drop":
+        records = [record for record in records if record.experts]
     discriminator = load_discriminator(args.discriminator, encoder=args.encoder).to(args.device)
     bank = ExpertBank.build(args.out, records, discriminator, batch_size=args.batch_size)
     print(f"{len(bank)} records, written to {args.out}")

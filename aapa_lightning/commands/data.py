@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from aapa_lightning.commands.columns import add_column_option, parse_columns
+
 if TYPE_CHECKING:
     from aapa_lightning.types import Message
 
@@ -17,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("path", help="JSONL or Parquet file, or a datasets name or folder")
     check.add_argument("--split", help="split of a datasets name or folder")
     check.add_argument("--experts", metavar="FILE", help="response file whose responses become the experts")
+    add_column_option(check)
     check.add_argument("--tokenizer", help="folder or name; lengths are then tokens and the limits count")
     check.add_argument("--max-prompt-tokens", type=int, default=1024, help="limit on prompts (default: %(default)s)")
     check.add_argument("--max-response-tokens", type=int, default=1024, help="limit on experts (default: %(default)s)")
@@ -27,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tokenizer.add_argument("paths", nargs="+", metavar="PATH", help="record files; prompts and experts are learnt from")
     tokenizer.add_argument("--experts", metavar="FILE", help="response file whose responses are learnt from too")
+    add_column_option(tokenizer)
     tokenizer.add_argument("--vocab-size", type=int, default=8192, help="tokens at most (default: %(default)s)")
     tokenizer.add_argument("--out", required=True, help="folder to write")
     world = actions.add_parser("synthetic", help="write the synthetic instruction world", epilog="example: aapa data synthetic --out world")
@@ -55,7 +59,8 @@ def _tokenizer(args: argparse.Namespace) -> int:
     from aapa_lightning.data.records import read_records
     from aapa_lightning.data.tokenizer import train_tokenizer
 
-    records = (record for path in args.paths for record in read_records(path, experts=args.experts))
+    columns = parse_columns(args.column)
+    records = (record for path in args.paths for record in read_records(path, experts=args.experts, columns=columns))
     texts = (text for record in records for text in (_text(record.prompt), *record.experts))
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)
@@ -70,7 +75,15 @@ def _check(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(PolicySpec(tokenizer=args.tokenizer)) if args.tokenizer else None
     limits = PromptFormat(max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens)
-    report = check_dataset(args.path, split=args.split, experts=args.experts, tokenizer=tokenizer, fmt=limits, limit=args.errors)
+    report = check_dataset(
+        args.path,
+        split=args.split,
+        experts=args.experts,
+        columns=parse_columns(args.column),
+        tokenizer=tokenizer,
+        fmt=limits,
+        limit=args.errors,
+    )
     print(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 

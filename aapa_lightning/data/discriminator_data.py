@@ -30,7 +30,6 @@ class DiscriminatorData(LightningDataModule):
         experts: response file whose responses become expert responses of the records.
         split: split of a folder or Hub dataset.
         columns: fields that have another name in the dataset, field to column: ``{"expert": "response"}``.
-        columns: fields that have another name in the dataset, field to column: ``{"expert": "response"}``.
         other_prompts: negatives made of experts' responses to other prompts, per record; needs a discriminator that sees the prompt.
         val: dataset of held-out prompts; None holds ``val_fraction`` of the prompts of ``train`` out.
         val_fraction: share of the prompts held out when ``val`` is None.

@@ -15,6 +15,7 @@ from aapa_lightning.data.encode import OverlongError, encode_demonstration, enco
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.data.responses import response_row
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import sequence_logprobs
 from aapa_lightning.loop.demonstrations import collate_demonstrations
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
@@ -90,9 +91,15 @@ class InferenceModule(L.LightningModule):
         self._with_experts = False
 
     def configure_model(self) -> None:
-        """Load the policy, once."""
+        """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
         if self._loaded:
             return
+        precision = str(getattr(self._trainer, "precision", ""))
+        if precision in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"trainer.precision={precision} makes every new tensor 16-bit, log-probs and sums too; use "
+                f"{precision.replace('true', 'mixed')}, or 32-true with policy.dtype for 16-bit weights"
+            )
         self.model, self.tokenizer = load_policy(self.policy)
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
@@ -152,7 +159,8 @@ class InferenceModule(L.LightningModule):
             return
         figures = self._evaluator.compute(generated=self.eval_samples > 0, experts=self._with_experts)
         self._evaluator = None
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()})  # of all ranks already
+        # of all ranks already: equal values have this mean, and without sync_dist Lightning warns of every figure
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
 
     def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the validation split."""

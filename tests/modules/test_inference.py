@@ -8,7 +8,7 @@ from scipy.stats import wasserstein_distance
 
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.data.encode import PromptFormat, encode_demonstration, encode_prompt
-from aapa_lightning.errors import DataError
+from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.loop.evaluate import EvalLoader
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.sft import SFTModule
@@ -265,3 +265,9 @@ def test_validation_changes_nothing_in_training(tiny_model_dir, trainer) -> None
         other = weights(AapaDataModule(train), seed=1)
     assert all(torch.equal(bare[name], validated[name]) for name in bare)
     assert not all(torch.equal(bare[name], other[name]) for name in bare)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_precision_that_rounds_log_probs_is_refused(build, trainer, precision: str) -> None:
+    with pytest.raises(ConfigError, match="32-true with policy.dtype"):
+        trainer(precision=precision).validate(build(), AapaDataModule(val=[Record("a", source="r")]), verbose=False)
