@@ -269,5 +269,5 @@ def test_validation_changes_nothing_in_training(tiny_model_dir, trainer) -> None
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_precision_that_rounds_log_probs_is_refused(build, trainer, precision: str) -> None:
-    with pytest.raises(ConfigError, match="32-true with policy.dtype"):
+    with pytest.raises(ConfigError, match=r"32-true with policy\.dtype"):
         trainer(precision=precision).validate(build(), AapaDataModule(val=[Record("a", source="r")]), verbose=False)
