@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
@@ -70,6 +70,13 @@ class WindowLoader:
             if number != window:
                 window, step = number, self.window(number)
             yield WindowStep(number, micro_step, step.prompts, step.demonstrations)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing, since the position is read. A Trainer warns that loaders without this method do not resume."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Nothing to do."""
 
     def window(self, number: int) -> WindowStep:
         """Micro-step 0 of a window: this rank's records, a pure function of the streams' seeds and ``number``."""

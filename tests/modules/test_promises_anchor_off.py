@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from aapa_lightning.anchor.context import Encoding
+from aapa_lightning.anchor.encoder import FrozenEncoder
+from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
+from aapa_lightning.anchor.head import StackedHead
+from aapa_lightning.callbacks.anchor import AnchorCallback
+
 #: Window shapes: several updates and minibatches, accumulation, clipping.
 SHAPES = [
     ({}, {"accumulate": 1}),
@@ -20,7 +26,7 @@ COMBINES = {"sft": ["loss"], "grpo": ["loss", "advantage", "reward"], "chord": [
 def test_weight_zero_is_the_bare_objective(kit, spec, same, differ, name, options, trainer):
     def run(*callbacks):
         rows = kit.Rows()
-        module = kit.fit(kit.make_module(name, spec, **options), kit.make_trainer(5, callbacks=callbacks, logger=rows, **trainer))
+        module = kit.fit(kit.make_module(name, spec, **options), kit.make_trainer(4, callbacks=callbacks, logger=rows, **trainer))
         return kit.weights(module), rows.rows
 
     bare, bare_rows = run()
@@ -47,6 +53,22 @@ def test_anchor_moves_the_policy_but_not_its_discriminator(kit, spec, differ, na
         assert differ(bare, kit.weights(module))
         assert anchor.discriminator.fingerprint() == before
         assert all(p.grad is None and not p.requires_grad for p in anchor.discriminator.parameters())
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "chord"])
+def test_an_encoder_and_its_head_stay_as_they_are(kit, spec, name, tmp_path):
+    """The real discriminator, over the frozen initial policy: every tensor, before and after, in a run and its resume."""
+    judge = EncoderHeadDiscriminator(FrozenEncoder(spec.model, Encoding()), StackedHead(1, 64, hidden_units=8), ("sentence", "response"))
+    before = {key: value.clone() for part in (judge.network, judge.head) for key, value in part.state_dict().items()}
+    fingerprint = judge.fingerprint()
+    for ckpt in (None, tmp_path / "step=1.ckpt"):
+        callbacks = [AnchorCallback(judge, weight=0.5), kit.SaveAt(tmp_path)]
+        kit.fit(kit.make_module(name, spec), kit.make_trainer(2, callbacks=callbacks), ckpt=ckpt)
+        after = {key: value for part in (judge.network, judge.head) for key, value in part.state_dict().items()}
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        assert judge.fingerprint() == fingerprint
+        assert not judge.network.training
+        assert not judge.head.training
 
 
 def test_checkpoint_holds_the_fingerprint_and_no_discriminator(kit, spec, tmp_path):

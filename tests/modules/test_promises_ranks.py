@@ -95,7 +95,8 @@ def test_ranks_and_accumulation_do_not_change_the_gradient(first_launch, worker,
         one = load(tmp_path / f"{key}.rank0")
         assert sorted(one["seen"]) == sorted(seen)
         torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=1e-5)
-        logged = {name: value for name, value in one["metrics"].items() if name != "train/skipped_steps"}
+        # the one figure that is a mean over tokens taken rank by rank
+        logged = {name: value for name, value in one["metrics"].items() if name != "train/anchor/advantage_abs"}
         assert logged == pytest.approx({name: two["metrics"][name] for name in logged}, rel=1e-3, abs=1e-4)
     start = worker.kit.make_module(EQUAL[key][0], worker.PolicySpec(str(tiny_model_dir)))
     start.configure_model()
