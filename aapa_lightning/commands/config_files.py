@@ -7,16 +7,20 @@ from typing import Any
 
 import yaml
 
+from aapa_lightning.errors import ConfigError
+
 
 def names_data_class(arguments: Sequence[str]) -> bool:
     """Whether the arguments or one of their configuration files choose the class of ``data``.
 
     Only where nobody does may there be a default: the parser would hand the default class's argument values on to whatever class replaces
     it, wherever two arguments share a name.
+
+    Raises:
+        ConfigError: a file is not YAML; the parser would not say which.
     """
-    if any(word.partition("=")[0] in ("--data", "--data.class_path") for word in arguments):
-        return True
-    return any(_chooses(path) for path in _config_paths(arguments))
+    named = [word for word in arguments if word.partition("=")[0] in ("--data", "--data.class_path")]
+    return any([_chooses(path) for path in _config_paths(arguments)]) or bool(named)
 
 
 def _config_paths(arguments: Sequence[str]) -> Iterator[str]:
@@ -30,7 +34,9 @@ def _chooses(path: str) -> bool:
     try:
         with open(path, encoding="utf-8") as file:
             config: Any = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError):
+    except OSError:
         return False  # the parser says what is wrong with it
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: expected YAML, found: {error}") from error
     data = config.get("data") if isinstance(config, dict) else None
     return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)

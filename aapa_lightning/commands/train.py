@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,9 @@ class AapaCLI(LightningCLI):
         try:
             return self._instantiate_trainer(config, self._callbacks(config))
         except (MisconfigurationException, ValueError) as error:
-            if "No supported gpu backend" not in str(error):
+            if config["accelerator"] not in ("gpu", "cuda") or not re.search(
+                "No supported gpu backend|can not run on your system", str(error)
+            ):
                 raise ConfigError(f"trainer: {error}") from error
             found = f"torch {torch.__version__} finds none; use --trainer.accelerator cpu, or install a torch built for your GPU"
             raise ConfigError(f"trainer.accelerator {config['accelerator']}: expected a GPU, {found}") from error

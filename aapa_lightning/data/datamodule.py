@@ -30,18 +30,18 @@ class AapaDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Sequence[Record] | None = None,
+        train: str | Path | Sequence[Record] | None = None,
         *,
-        val: str | Sequence[Record] | None = None,
-        test: str | Sequence[Record] | None = None,
-        demonstrations: str | Sequence[Record] | None = None,
+        val: str | Path | Sequence[Record] | None = None,
+        test: str | Path | Sequence[Record] | None = None,
+        demonstrations: str | Path | Sequence[Record] | None = None,
         experts: str | None = None,
         columns: dict[str, str] | None = None,
         missing_experts: Literal["error", "drop"] = "error",
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # Path among the types keeps the command line from reading a dataset as a configuration
         self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
         self._experts = experts
         self._columns = columns
@@ -59,7 +59,7 @@ class AapaDataModule(L.LightningDataModule):
             splits["train"], splits["val"] = split_records(splits["train"], self._val_fraction, self._seed)
         self._splits = splits
 
-    def _read(self, source: str | Sequence[Record]) -> Sequence[Record]:
+    def _read(self, source: str | Path | Sequence[Record]) -> Sequence[Record]:
         if self._experts is None:
             return read_records(str(source), columns=self._columns) if isinstance(source, str | Path) else source
         if isinstance(source, str | Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,13 +45,13 @@ class DiscriminatorData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | Sequence[Record],
+        train: str | Path | Sequence[Record],
         negatives: list[str] | None = None,
         experts: str | None = None,
         split: str | None = None,
         columns: dict[str, str] | None = None,
         other_prompts: float = 1.0,
-        val: str | Sequence[Record] | None = None,
+        val: str | Path | Sequence[Record] | None = None,
         val_fraction: float = 0.2,
         missing_experts: Literal["error", "drop"] = "error",
         test_negatives: list[str] | None = None,
@@ -60,7 +61,7 @@ class DiscriminatorData(LightningDataModule):
         score_thinking: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # Path among the types keeps the command line from reading a dataset as a configuration
         if other_prompts < 0 or batch_size < 1:
             raise ConfigError(f"expected other_prompts of at least 0 and batch_size of at least 1, found {other_prompts} and {batch_size}")
         self.train, self.val, self.experts, self.split, self.columns = train, val, experts, split, columns
@@ -87,9 +88,9 @@ class DiscriminatorData(LightningDataModule):
                 held_out = [record for record in joined if record.experts]
             self.examples["test"] = self._build(held_out, self.test_negatives or self.negatives)
 
-    def _read(self, source: str | Sequence[Record]) -> list[Record]:
-        if isinstance(source, str):
-            source = read_records(source, split=self.split, experts=self.experts, columns=self.columns)
+    def _read(self, source: str | Path | Sequence[Record]) -> list[Record]:
+        if isinstance(source, str | Path):
+            source = read_records(str(source), split=self.split, experts=self.experts, columns=self.columns)
         return [record for record in source if record.experts or self.missing_experts == "error"]
 
     def _build(self, records: Sequence[Record], negatives: list[str]) -> list[Example]:
