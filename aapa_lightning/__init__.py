@@ -13,7 +13,7 @@ _EXPORTS = {
     "AnchorCallback": "callbacks.anchor",
     "AnchorTerm": "anchor.term",
     "CHORDModule": "modules.chord",
-    "DiscriminatorData": "data.discriminator_data",
+    "DiscriminatorData": "modules.discriminator_data",
     "DiscriminatorModule": "modules.discriminator",
     "ExpertBank": "anchor.bank",
     "GRPOModule": "modules.grpo",
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from aapa_lightning.anchor.term import AnchorTerm
     from aapa_lightning.callbacks.anchor import AnchorCallback
     from aapa_lightning.data.datamodule import AapaDataModule
-    from aapa_lightning.data.discriminator_data import DiscriminatorData
     from aapa_lightning.data.prompt_format import PromptFormat
     from aapa_lightning.data.records import read_records
     from aapa_lightning.modules.chord import CHORDModule
     from aapa_lightning.modules.discriminator import DiscriminatorModule
+    from aapa_lightning.modules.discriminator_data import DiscriminatorData
     from aapa_lightning.modules.grpo import GRPOModule
     from aapa_lightning.modules.inference import InferenceModule
     from aapa_lightning.modules.sft import SFTModule

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
 from aapa_lightning.anchor.files import read_json
@@ -20,7 +21,7 @@ from aapa_lightning.types import Record, SentenceSpans
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")
 
 
-class SequenceClassifierDiscriminator:
+class SequenceClassifierDiscriminator(Discriminator):
     r"""Scores a response as one sentence with an ``AutoModelForSequenceClassification``.
 
     A model with one output gives its value, one with two gives the difference of logits (second minus first); both are divided by
@@ -37,6 +38,7 @@ class SequenceClassifierDiscriminator:
     """
 
     model: Any
+
     whole_response = True
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder, hash_tensors
 from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
@@ -53,7 +54,7 @@ def pick_reference(text: str, record: Record, *, strict: bool, turn: int = 0) ->
     raise DataError(f"{record.source}: the discriminator's 'reference' feature needs {needed}; found {len(record.experts)} in 'experts'")
 
 
-class EncoderHeadDiscriminator:
+class EncoderHeadDiscriminator(Discriminator):
     """Judges sentences by a head on frozen, pooled, contextual embeddings.
 
     A sentence cut off by ``max_length`` gets the mean logit of its response; a response of which nothing is seen (an empty one) gets the
@@ -67,8 +68,6 @@ class EncoderHeadDiscriminator:
         segmenter: how the training responses were split, kept for whoever scores.
         metrics: figures of the training run, written beside the weights.
     """
-
-    whole_response = False
 
     def __init__(
         self,

@@ -13,9 +13,9 @@ PACKAGES = ("aapa-lightning", "torch", "lightning", "transformers", "jsonargpars
 #: Optional packages, what each is for, and the extra that brings it.
 OPTIONAL = {
     "tensorboard": "a second log: pip install 'aapa-lightning[tensorboard]'",
-    "peft": "LoRA policies: pip install 'aapa-lightning[peft]'",
+    "peft": "adapters on a policy that your own code loads: pip install 'aapa-lightning[peft]'",
     "flash-attn": "faster attention on a GPU: pip install 'aapa-lightning[flash]'",
-    "vllm": "the vLLM rollout engine: pip install 'aapa-lightning[vllm]'",
+    "vllm": "for a rollout engine of your own: pip install 'aapa-lightning[vllm]'",
 }
 
 

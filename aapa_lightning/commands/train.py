@@ -41,6 +41,8 @@ def run_trainer(arguments: list[str]) -> int:
     """Run one of the trainer commands; ``arguments`` starts with its name."""
     import_components()
     warnings.filterwarnings("ignore", message=r"[\s\S]*(deprecated in v4|JSONARGPARSE_DEPRECATION)")  # calls of LightningCLI
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's call of torch's trees
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # a run without validation
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     AapaCLI(arguments)
     return 0

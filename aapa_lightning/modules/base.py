@@ -157,6 +157,12 @@ class PolicyModule(InferenceModule):
                 f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}: it leaves {batches} "
                 "micro-steps an epoch"
             )
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+            raise ConfigError(
+                f"val_check_interval={interval} micro-steps is more than the {batches} of an epoch; lower it, or set "
+                "check_val_every_n_epoch to null to count over epochs"
+            )
         if self._restored is not None:
             position = trainer.global_step * plan.accumulate
             check_plan(self._restored["plan"], plan, inside_window=plan.locate(position)[1] != 0)

@@ -17,9 +17,9 @@ from aapa_lightning.anchor.encoder import FrozenEncoder
 from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen
 from aapa_lightning.anchor.training import EncodedExamples, discriminator_loss, encode_examples, response_weights
-from aapa_lightning.data.discriminator_data import DiscriminatorData
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.metrics.functional.discrimination import Judged, discrimination
+from aapa_lightning.modules.discriminator_data import DiscriminatorData
 
 #: Share of the training sentences that score below the floor given to responses of which nothing is seen.
 FLOOR_QUANTILE = 0.01

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, policy_inputs
-from aapa_lightning.modules.base import PolicyModule, Records
+from aapa_lightning.modules.base import OptimizerFactory, PolicyModule, Records
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
 from aapa_lightning.policy import PolicySpec
+
+
+def sft_optimizer(parameters: Iterable) -> Optimizer:
+    """AdamW at 1e-5 without weight decay: a start for full fine-tuning of a pretrained model on demonstrations."""
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
 
 
 class SFTModule(PolicyModule):
@@ -25,6 +32,7 @@ class SFTModule(PolicyModule):
 
     Args:
         policy: which model to train.
+        optimizer: from parameters to an optimiser.
         batch_size: demonstrations of an optimiser step, over all devices and accumulated micro-steps.
         anchor_group_size: responses per prompt when anchored.
         clip_low: lower clip of the adversarial term's ratio.
@@ -39,13 +47,14 @@ class SFTModule(PolicyModule):
         self,
         policy: PolicySpec,
         *,
+        optimizer: OptimizerFactory = sft_optimizer,
         batch_size: int = 32,
         anchor_group_size: int = 4,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         **kwargs: Any,
     ) -> None:
-        super().__init__(policy, **kwargs)
+        super().__init__(policy, optimizer=optimizer, **kwargs)
         self.batch_size = batch_size
         self.anchor_group_size = anchor_group_size
         self.clip_low = clip_low

@@ -16,11 +16,11 @@ from aapa_lightning.anchor.encoder_head import fold_of
 from aapa_lightning.anchor.load import load_discriminator
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.anchor.training import discriminator_loss, encode_examples, response_weights
-from aapa_lightning.data.discriminator_data import DiscriminatorData
 from aapa_lightning.data.examples import build_examples
 from aapa_lightning.data.records import read_records
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.modules.discriminator import DiscriminatorModule, report
+from aapa_lightning.modules.discriminator_data import DiscriminatorData
 from aapa_lightning.types import Record
 
 GOOD = ["The boats rest calmly", "The gulls call softly", "The crew sleeps below"]

@@ -133,6 +133,8 @@ def test_refusals_of_every_module(kit, spec, name):
     _refused(kit, spec, name, "GradientAccumulationScheduler", trainer=scheduler)
     uneven = {"accumulate": 2, "limit_train_batches": 3}
     _refused(kit, spec, name, "limit_train_batches=3 does not divide by accumulate_grad_batches=2", trainer=uneven)
+    rare = {"val_check_interval": 1000}
+    _refused(kit, spec, name, "val_check_interval=1000 micro-steps is more than the", trainer=rare)
     share = {"accumulate": 2, "limit_train_batches": 0.6}
     _refused(kit, spec, name, "limit_train_batches=0.6 .* it leaves 3 micro-steps", trainer=share)
     _refused(kit, spec, name, "=4 does not divide by", trainer={"accumulate": 3})
