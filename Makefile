@@ -17,7 +17,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/aapa recipe configs/recipes/quickstart.yaml
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "not slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
