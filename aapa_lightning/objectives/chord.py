@@ -98,12 +98,3 @@ def chord_sft_loss(logprobs: Tensor, response_mask: Tensor, *, weight: str = "ph
     if weights is not None:
         outputs.metrics["sft_weight"] = weights.masked_fill(~response_mask, 0.0)
     return outputs
-
-
-def chord_loss(policy_loss: Tensor, sft_loss_value: Tensor, mu: float) -> Tensor:
-    r"""Combine the two reduced halves, ``(1 - mu) L_policy + mu L_SFT``, each already divided by its own global count.
-
-    >>> chord_loss(torch.tensor(1.0), torch.tensor(3.0), mu=0.25)
-    tensor(1.5000)
-    """
-    return (1.0 - mu) * policy_loss + mu * sft_loss_value
