@@ -18,18 +18,16 @@ class RecordStream:
     Args:
         records: the dataset.
         seed: seed of the permutations; two streams with equal seeds over equally long datasets are aligned.
-        shuffle: false keeps the dataset's order in every pass.
 
     Raises:
         DataError: the dataset is empty.
     """
 
-    def __init__(self, records: Sequence[Record], seed: int = 0, *, shuffle: bool = True) -> None:
+    def __init__(self, records: Sequence[Record], seed: int = 0) -> None:
         if len(records) == 0:
             raise DataError("expected at least one record to train on, found an empty dataset")
         self.records = records
         self.seed = seed
-        self.shuffle = shuffle
         self._passes: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -39,7 +37,7 @@ class RecordStream:
     def __getitem__(self, index: int) -> Record:
         """Record ``index`` of the endless stream, ``index >= 0``."""
         number, position = divmod(index, len(self.records))
-        return self.records[int(self._order(number)[position]) if self.shuffle else position]
+        return self.records[int(self._order(number)[position])]
 
     def _order(self, number: int) -> Tensor:
         if number not in self._passes:
