@@ -53,4 +53,6 @@ def test_a_bank_takes_columns_and_may_drop_records_without_an_expert(questions, 
     assert "questions.jsonl:2: no expert response" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]  # nothing half-built is left
     assert main([*words, "--missing-experts", "drop"]) == 0
-    assert capsys.readouterr().out.startswith("1 records")
+    out = capsys.readouterr().out
+    assert out.startswith("1 records")
+    assert "trained on these very experts" in out

@@ -69,45 +69,21 @@ class ExpertBank:
     def __len__(self) -> int:
         return self._offsets[-1]
 
-    def __contains__(self, key: str) -> bool:
-        return bool(self._find(key))
-
-    def experts(self, key: str, *, source: str = "") -> list[str]:
-        """Expert responses to the prompt with this hash; see ``mean_logit`` for the arguments and errors."""
-        return [text for row in self._rows_of(key, source) for text in row["experts"]]
+    def experts(self, record: Record) -> list[str]:
+        """Expert responses to a record's prompt; none for an unknown prompt."""
+        return [text for row in self._find(prompt_hash(record.prompt)) for text in row["experts"]]
 
     def expert_logits(self, record: Record) -> Tensor | None:
         """Logits of all sentences of the expert responses to a record's prompt, float32 ``[K]``; None for an unknown prompt."""
-        return _joined(self._find(prompt_hash(record.prompt)))
-
-    def mean_logit(self, key: str, *, source: str = "") -> float:
-        """Mean logit over all sentences of the prompt's expert responses.
-
-        Args:
-            key: ``prompt_hash`` of the prompt.
-            source: where the record comes from, for the message.
-
-        Raises:
-            DataError: the bank has no such prompt.
-        """
-        logits = _joined(self._rows_of(key, source))
-        return float(logits.mean()) if logits is not None else 0.0
+        rows = self._find(prompt_hash(record.prompt))
+        values = [value for row in rows for logits in row["logits"] for value in logits]
+        return torch.tensor(values, dtype=torch.float32) if values else None
 
     def _find(self, key: str) -> list[dict[str, Any]]:
         prefix = int(key[:15], 16)
         begin, end = self._prefixes.searchsorted([prefix, prefix + 1])
         rows = [self._row(int(i)) for i in self._positions[begin:end]]
         return [row for row in rows if row["prompt_hash"] == key]
-
-    def _rows_of(self, key: str, source: str) -> list[dict[str, Any]]:
-        rows = self._find(key)
-        if not rows:
-            where = f"{source}: " if source else ""
-            raise DataError(
-                f"{where}the expert bank {str(self.folder)!r} has no prompt with hash {key[:12]}; "
-                "build the bank from the records that are trained on, with an expert response each"
-            )
-        return rows
 
     def _row(self, number: int) -> dict[str, Any]:
         batch = bisect.bisect_right(self._offsets, number) - 1
@@ -161,11 +137,6 @@ class ExpertBank:
             shutil.rmtree(target)
         os.replace(partial, target)
         return cls(target)
-
-
-def _joined(rows: list[dict[str, Any]]) -> Tensor | None:
-    values = [value for row in rows for logits in row["logits"] for value in logits]
-    return torch.tensor(values, dtype=torch.float32) if values else None
 
 
 def _segmenter_for(discriminator: Discriminator, segmenter: Segmenter | None) -> Segmenter:

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--discriminator", required=True, help="folder that a discriminator run exported")
     build.add_argument("--encoder", help="where the discriminator's encoder lies now, if it has moved")
     build.add_argument("--out", required=True, help="folder to write; an existing bank is replaced")
+    build.add_argument("--score-thinking", action="store_true", help="keep <think> blocks, as score_thinking of the anchor does")
     build.add_argument("--batch-size", type=int, default=256, help="records scored at a time (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="where to score (default: %(default)s)")
 
@@ -39,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if args.missing_experts == "drop":
         records = [record for record in records if record.experts]
     discriminator = load_discriminator(args.discriminator, encoder=args.encoder).to(args.device)
-    bank = ExpertBank.build(args.out, records, discriminator, batch_size=args.batch_size)
+    bank = ExpertBank.build(args.out, records, discriminator, batch_size=args.batch_size, score_thinking=args.score_thinking)
     print(f"{len(bank)} records, written to {args.out}")
+    if not bank.cross_fitted:
+        print(
+            "note: the discriminator may have been trained on these very experts, which then look better than they are; train with folds: 2"
+        )
     return 0

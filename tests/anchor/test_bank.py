@@ -49,36 +49,29 @@ def bank(tmp_path):
     return built
 
 
-def key(i):
-    return prompt_hash(f"prompt {i}")
-
-
 def test_look_up(bank):
     assert len(bank) == 11
-    assert bank.experts(key(3)) == ["One 3. Two."]
-    assert bank.mean_logit(key(3)) == -(7 + 4) / 2
-    assert bank.experts(key(0)) == ["A boat. Cat.", "Longer here.", "X."]  # both records with this prompt
+    assert bank.experts(record(3)) == ["One 3. Two."]
+    assert bank.expert_logits(record(3)).tolist() == [-7, -4]
+    assert bank.experts(record(0)) == ["A boat. Cat.", "Longer here.", "X."]  # both records with this prompt
     assert bank.expert_logits(record(0)).tolist() == [-8, -4, -12, -2]
-    assert bank.mean_logit(key(0)) == pytest.approx(-26 / 4)
-    assert key(9) in bank
-    assert key(10) not in bank
 
 
-def test_missing_prompt_names_the_record(bank):
+def test_an_unknown_prompt_has_nothing(bank):
+    assert bank.experts(record(77)) == []
     assert bank.expert_logits(record(77)) is None
-    with pytest.raises(DataError, match=r"data.jsonl:78: the expert bank .* has no prompt"):
-        bank.mean_logit(key(77), source="data.jsonl:78")
-    with pytest.raises(DataError, match="has no prompt"):
-        bank.experts(key(77))
 
 
-def test_equal_prefixes_are_told_apart(bank):
-    assert key(3)[:15] + "0" * 49 not in bank
+def test_equal_prefixes_are_told_apart(bank, monkeypatch):
+    """The index holds 15 digits of a hash, the rows all of it."""
+    twin = prompt_hash("prompt 3")[:15] + "0" * 49
+    monkeypatch.setattr("aapa_lightning.anchor.bank.prompt_hash", lambda prompt: twin)
+    assert bank.experts(record(3)) == []
 
 
 def test_opens_again_and_checks_the_discriminator(bank):
     again = ExpertBank(bank.folder, "judge")
-    assert again.mean_logit(key(5)) == bank.mean_logit(key(5))
+    assert torch.equal(again.expert_logits(record(5)), bank.expert_logits(record(5)))
     assert again.cross_fitted
     assert again.fingerprint == "judge"
     with pytest.raises(ConfigError, match=r"built with the discriminator judge, but the one in use is other"):
@@ -88,15 +81,15 @@ def test_opens_again_and_checks_the_discriminator(bank):
 def test_thinking_and_whole_responses(tmp_path):
     records = [record(0, "<think>A. B.</think>C d. E.")]
     judge = CountingJudge()
-    assert ExpertBank.build(tmp_path / "a", records, judge).experts(key(0)) == ["C d. E."]
-    assert ExpertBank.build(tmp_path / "b", records, judge, score_thinking=True).experts(key(0)) == ["<think>A. B.</think>C d. E."]
+    assert ExpertBank.build(tmp_path / "a", records, judge).experts(records[0]) == ["C d. E."]
+    assert ExpertBank.build(tmp_path / "b", records, judge, score_thinking=True).experts(records[0]) == ["<think>A. B.</think>C d. E."]
     judge.whole_response = True
     assert ExpertBank.build(tmp_path / "c", records, judge, Segmenter()).expert_logits(records[0]).tolist() == [-7]
 
 
 def test_rebuild_replaces_a_bank_and_nothing_else(bank, tmp_path):
     assert len(ExpertBank.build(bank.folder, [record(1)], CountingJudge("new"))) == 1
-    assert ExpertBank(bank.folder, "new").experts(key(1)) == ["One 1. Two."]
+    assert ExpertBank(bank.folder, "new").experts(record(1)) == ["One 1. Two."]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is no expert bank"):
@@ -139,5 +132,5 @@ def test_rows_stay_on_disk(tmp_path):
     before = pa.total_allocated_bytes()
     bank = ExpertBank.build(tmp_path / "bank", [record(i, text) for i in range(64)], CountingJudge(), batch_size=8)
     assert (tmp_path / "bank" / "experts.arrow").stat().st_size > 64 * len(text)
-    assert bank.experts(key(40)) == [text]
+    assert bank.experts(record(40)) == [text]
     assert pa.total_allocated_bytes() - before < 10 * len(text)
