@@ -100,8 +100,6 @@ def check_dataset(
     columns: Mapping[str, str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fmt: PromptFormat | None = None,
-    eos_token_id: int | None = None,
-    validators: Sequence[Callable[[Record], object]] = (),
     limit: int = 20,
 ) -> CheckReport:
     """Look at every row.
@@ -113,8 +111,6 @@ def check_dataset(
         columns: as for ``read_records``.
         tokenizer: measures lengths in tokens and applies the limits of ``fmt``; without it lengths are characters.
         fmt: how records become tokens; default ``PromptFormat()``. A row over a limit is an error unless ``overlong`` is ``drop``.
-        eos_token_id: ends an expert response; default the tokenizer's.
-        validators: more checks; each is called with every valid record and raises DataError (``InstructionReward().skip_reason``).
         limit: how many errors the report lists; all are counted.
 
     Raises:
@@ -134,12 +130,10 @@ def check_dataset(
             records = attach_experts(records, experts)
         except DataError as error:
             complain(error)
-    measure = _Measure(tokenizer, fmt or PromptFormat(), eos_token_id)
+    measure = _Measure(tokenizer, fmt or PromptFormat())
     tally = _Tally(report, measure)
     for record in records:
         try:
-            for validate in validators:
-                validate(record)
             tally.add(record)
         except DataError as error:
             complain(error)
@@ -161,14 +155,14 @@ def _parsed(rows: Iterable[Callable[[], Record]], report: CheckReport, complain:
 class _Measure:
     """Lengths in tokens or characters, and the limits on them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, fmt: PromptFormat, eos_token_id: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, fmt: PromptFormat) -> None:
         self.tokenizer = tokenizer
         self.unit = "characters" if tokenizer is None else "tokens"
         self.fmt = fmt
         self._free = replace(fmt, max_prompt_tokens=_NO_LIMIT, max_response_tokens=_NO_LIMIT)
-        self._eos = eos_token_id if eos_token_id is not None or tokenizer is None else tokenizer.eos_token_id
+        self._eos = None if tokenizer is None else tokenizer.eos_token_id
         if tokenizer is not None and self._eos is None:
-            raise DataError("the tokenizer has no end-of-sequence token; give eos_token_id")
+            raise DataError("the tokenizer has no end-of-sequence token; set its eos_token")
 
     def lengths(self, record: Record) -> tuple[int, list[int]]:
         """Length of the prompt and of each expert. Raises DataError when the record does not encode."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aapa_lightning.errors import DataError
+from aapa_lightning.files import atomic_write
 
 
 def iter_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -37,18 +37,7 @@ def parse_line(source: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows, one JSON object a line. The file appears whole or not at all. Returns the number of rows."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    count = 0
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, one JSON object a line. The file appears whole or not at all."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 from aapa_lightning.data.dialects import prompt_hash
 from aapa_lightning.data.fields import parse_prompt, scalar_key, text
-from aapa_lightning.data.jsonl import iter_lines, parse_line, write_jsonl
+from aapa_lightning.data.jsonl import iter_lines, parse_line
 from aapa_lightning.errors import DataError
 from aapa_lightning.types import Record
 
@@ -74,21 +74,10 @@ def read_responses(path: str | Path) -> list[Response]:
 
 
 def response_row(record: Record, response: str, *, temperature: float, sample: int, truncated: bool, **extra: Any) -> dict[str, Any]:
-    """The row of a response to ``record``, as ``write_responses`` takes it and ``read_responses`` reads it back."""
+    """The row of a response to ``record``, which ``read_responses`` reads back."""
     prompt = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
     key = {} if record.key is None else {"key": record.key}
     return {**key, "prompt": prompt, "response": response, "temperature": temperature, "sample": sample, "truncated": truncated, **extra}
-
-
-def write_responses(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write a response file, whole or not at all; every row is validated first. Returns the number of rows."""
-
-    def validated() -> Iterable[Mapping[str, Any]]:
-        for i, row in enumerate(rows, start=1):
-            parse_response(row, f"{path}:{i}")
-            yield row
-
-    return write_jsonl(path, validated())
 
 
 def join_responses(records: Sequence[Record], responses: Iterable[Response]) -> list[list[Response]]:

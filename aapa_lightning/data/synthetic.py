@@ -9,13 +9,13 @@ them.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from aapa_lightning.data.jsonl import write_jsonl
 from aapa_lightning.data.world_grammar import ADJECTIVES, ADVERBS, TIMES, TOPICS, derives, sample_sentence
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
@@ -37,13 +37,11 @@ class Judgement:
 
     Args:
         constraint_accuracy: share of the record's instructions that hold, in [0, 1].
-        constraints_met: whether all of them hold.
         well_formed: share of the response's sentences that the grammar of the prompt's topic derives; 0 for an empty response.
         true_success: all constraints met and every sentence well formed.
     """
 
     constraint_accuracy: float
-    constraints_met: bool
     well_formed: float
     true_success: bool
 
@@ -150,7 +148,7 @@ def judge(record: Record, response: str) -> Judgement:
     formed = sum(derives(topic, sentence) for sentence in sentences) / max(len(sentences), 1)
     # The grammar joins sentences by one space: text around or between them that is not a sentence would slip through a per-sentence count.
     success = all(held) and formed == 1.0 and response.strip() == " ".join(sentences)
-    return Judgement(sum(held) / len(held), all(held), formed, success)
+    return Judgement(sum(held) / len(held), formed, success)
 
 
 class _Judge(Reward):
@@ -176,13 +174,6 @@ class ConstraintAccuracy(_Judge):
 
     name = "constraint_accuracy"
     figure = "constraint_accuracy"
-
-
-class ConstraintsMet(_Judge):
-    """Whether all constraints hold (evaluation only)."""
-
-    name = "constraints_met"
-    figure = "constraints_met"
 
 
 class WellFormedness(_Judge):
@@ -216,10 +207,8 @@ def write_world(folder: str | Path, *, train: int = 2000, val: int = 200, test: 
     from aapa_lightning.data.tokenizer import train_tokenizer
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for split, n in {"train": train, "val": val, "test": test}.items():
-        rows = (json.dumps(row) + "\n" for row in _rows(generate_records(n, seed, split)))
-        (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+        write_jsonl(folder / f"{split}.jsonl", _rows(generate_records(n, seed, split)))
     texts = [text for record in generate_records(train, seed, "train") for text in (str(record.prompt), *record.experts)]
     train_tokenizer(texts, vocab_size, chat_template=None).save_pretrained(folder / "tokenizer")
     return folder

@@ -5,7 +5,6 @@ import pytest
 from aapa_lightning.data.check import check_dataset
 from aapa_lightning.data.encode import PromptFormat
 from aapa_lightning.errors import DataError
-from aapa_lightning.rewards.verifiable import InstructionReward
 
 
 def write(path, rows):
@@ -24,10 +23,10 @@ def test_counts_and_errors(tmp_path):
             "{",
             {"prompt": "abcd", "chosen": "a", "rejected": "b", "key": 1},
             {"prompt": ""},
-            {"prompt": "ab", "instructions": [{"id": "no:such"}]},
+            {"prompt": "ab", "instructions": [{"kwargs": {}}]},
         ],
     )
-    report = check_dataset(path, validators=[lambda record: record.instructions and InstructionReward().skip_reason(record)])
+    report = check_dataset(path)
     assert (report.rows, report.valid, report.error_count) == (5, 2, 3)
     assert (report.with_experts, report.experts, report.with_pairs, report.duplicate_prompts) == (1, 2, 1, 1)
     assert report.instructions == {"punctuation:no_comma": 2}

@@ -9,7 +9,6 @@ import pytest
 from aapa_lightning.data.synthetic import (
     ConstraintAccuracy,
     ConstraintReward,
-    ConstraintsMet,
     TrueSuccess,
     WellFormedness,
     generate_records,
@@ -39,7 +38,7 @@ def test_every_expert_response_is_a_true_success():
         for record in generate_records(400, 3, split):
             verdict = judge(record, record.experts[0])
             assert verdict.true_success, record
-            assert (verdict.constraint_accuracy, verdict.constraints_met, verdict.well_formed) == (1.0, True, 1.0)
+            assert (verdict.constraint_accuracy, verdict.well_formed) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +102,13 @@ def test_grammar_rejects(sentence):
 def test_judge_by_hand(response, constraints, well_formed, success):
     verdict = judge(HARBOR, response)
     assert verdict.constraint_accuracy == pytest.approx(constraints)
-    assert verdict.constraints_met is (constraints == 1.0)
     assert verdict.well_formed == pytest.approx(well_formed)
     assert verdict.true_success is success
 
 
 def test_must_use_words_are_whole_words_in_any_case():
-    assert judge(HARBOR, "CALMLY. X at dawn.").constraints_met
-    assert not judge(HARBOR, "Uncalmly. X at dawn.").constraints_met
+    assert judge(HARBOR, "CALMLY. X at dawn.").constraint_accuracy == 1.0
+    assert judge(HARBOR, "Uncalmly. X at dawn.").constraint_accuracy < 1.0
 
 
 def test_split_sentences():
@@ -123,7 +121,6 @@ def test_reward_is_blind_where_the_judges_see():
     records = [HARBOR] * 3
     assert ConstraintReward()(responses, records) == [1.0, 1.0, 0.25]
     assert ConstraintAccuracy()(responses, records) == [1.0, 1.0, 0.25]
-    assert ConstraintsMet()(responses, records) == [1.0, 1.0, 0.0]
     assert WellFormedness()(responses, records) == [0.0, 1.0, 1.0]
     assert TrueSuccess()(responses, records) == [0.0, 1.0, 0.0]
     assert TrueSuccess()([], []) == []
