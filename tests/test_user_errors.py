@@ -125,7 +125,7 @@ def test_an_expert_is_missing_where_the_discriminator_reads_it(refused, tmp_path
     EncoderHeadDiscriminator(encoder, head, ["sentence", "reference"]).save(tmp_path / "judge")
     write(tmp_path / "train.jsonl", GOOD, {"prompt": "No expert.", "instructions": []})
     judge = f"{ANCHOR}.discriminator={{tmp}}/judge"
-    refused(["grpo", "anchor", TRAIN, judge], "{tmp}/train.jsonl:2: expected at least one expert response, found none", "Add `expert`")
+    refused(["grpo", "anchor", TRAIN, judge], "{tmp}/train.jsonl:2: no expert response", "compares every response", "add a column 'expert'")
 
 
 def test_a_prompt_is_missing_in_the_bank_that_bt_gap_reads(refused, tmp_path):

@@ -80,13 +80,3 @@ def mean_expert_logits(bank: Bank, records: Sequence[Record]) -> Tensor:
             )
         means.append(logits.float().mean())
     return torch.stack(means) if means else torch.zeros(0)
-
-
-def require_experts(records: Sequence[Record]) -> None:
-    """Raise DataError naming the first record without an expert response."""
-    for record in records:
-        if not record.experts:
-            raise DataError(
-                f"{record.source}: expected at least one expert response, found none; the discriminator compares every response with an "
-                "expert's. Add `expert` to the record, or drop it"
-            )

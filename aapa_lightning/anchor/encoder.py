@@ -15,6 +15,7 @@ from aapa_lightning.anchor.context import ContextRow, ContextTokenizer, Encoding
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import token_logprobs
+from aapa_lightning.types import pad_right
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class FrozenEncoder:
         device = self.model.device
         embeddings = torch.zeros(len(index), self.hidden_size, device=device)
         for batch in _batches([row for row in rows if any(s >= 0 for s in row.sentences)], self.encoding.batch_tokens):
-            sentences = _pad([row.sentences for row in batch], -1)
+            sentences = pad_right([row.sentences for row in batch], -1)
             seen, local = torch.unique(sentences[sentences >= 0], return_inverse=True)
             numbered = torch.full_like(sentences, -1).masked_scatter(sentences >= 0, local)
             embeddings[seen.to(device)] = sentence_pool(self._hidden(batch), numbered.to(device), len(seen))
@@ -98,11 +99,11 @@ class FrozenEncoder:
     def _hidden(self, batch: list[ContextRow]) -> Tensor:
         device = self.model.device
         inputs = {
-            "input_ids": _pad([row.ids for row in batch], self.tokenizer.pad_token_id or 0).to(device),
-            "attention_mask": _pad([[1] * len(row.ids) for row in batch], 0).to(device),
+            "input_ids": pad_right([row.ids for row in batch], self.tokenizer.pad_token_id or 0).to(device),
+            "attention_mask": pad_right([[1] * len(row.ids) for row in batch], 0).to(device),
         }
         if getattr(self.model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = _pad([row.types for row in batch], 0).to(device)
+            inputs["token_type_ids"] = pad_right([row.types for row in batch], 0).to(device)
         cache = {"use_cache": False} if self.context.causal else {}
         if self.encoding.layers == (-1,) and not self.encoding.likelihood:
             return self.model(**inputs, **cache).last_hidden_state
@@ -118,11 +119,6 @@ def _likelihood(logits: Tensor, ids: Tensor) -> Tensor:
     logprobs, entropy = token_logprobs(logits[:, :-1], ids[:, 1:], entropy=True)
     columns = torch.stack([logprobs, logprobs + (0.0 if entropy is None else entropy)], -1)
     return torch.nn.functional.pad(columns, (0, 0, 1, 0))
-
-
-def _pad(rows: list[list[int]], value: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
 def _batches(rows: list[ContextRow], batch_tokens: int) -> Iterator[list[ContextRow]]:

@@ -85,7 +85,6 @@ class EncoderHeadDiscriminator(Discriminator):
             )
         self.encoder, self.features, self.segmenter = encoder, tuple(features), segmenter or Segmenter()
         self.head = head.eval().requires_grad_(False)
-        self.network = encoder.model  # networks are frozen where they are attributes
         self.metrics = dict(metrics or {})
         self.needs_experts = "reference" in features
 

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.checks import Bank, check_finite, check_host, check_parts, mean_expert_logits, require_experts
+from aapa_lightning.anchor.checks import Bank, check_finite, check_host, check_parts, mean_expert_logits
 from aapa_lightning.anchor.guard import Guard, GuardReport, measure
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
 from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
 from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Pool, Scale, Transform, Truncated, build_signal
 from aapa_lightning.anchor.thinking import answer_view
+from aapa_lightning.data.records import require_experts
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+
+_COMPARES = "the discriminator compares every response with an expert's"
 
 
 class AnchorTerm:
@@ -114,7 +117,7 @@ class AnchorTerm:
     def check_records(self, records: Sequence[Record]) -> None:
         """Raise DataError naming the first record without the expert responses, or their logits, that scores are compared with."""
         if self.discriminator.needs_experts:
-            require_experts(records)
+            require_experts(records, _COMPARES)
         if self._compared is not None:
             mean_expert_logits(self._compared, records)
 
@@ -141,7 +144,7 @@ class AnchorTerm:
 
     def _score(self, rollouts: Rollouts) -> tuple[Tensor, SentenceSpans]:
         if self.discriminator.needs_experts:
-            require_experts(rollouts.records)
+            require_experts(rollouts.records, _COMPARES)
         view = None if self.score_thinking else answer_view(rollouts)
         scored = rollouts if view is None else view.rollouts
         spans = segment_rollouts(scored, self.segmenter)

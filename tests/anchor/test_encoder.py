@@ -245,8 +245,8 @@ def test_fingerprint_names_weights_and_settings(bert, tmp_path):
     assert judge_of(bert_folder(tmp_path / "other", seed=5)).fingerprint() != judge.fingerprint()
     copied = shutil.copytree(bert, tmp_path / "copy")
     assert judge_of(str(copied)).fingerprint() == judge.fingerprint()
-    assert not any(p.requires_grad for p in [*judge.head.parameters(), *judge.network.parameters()])
-    assert not judge.network.training
+    assert not any(p.requires_grad for p in [*judge.head.parameters(), *judge.encoder.model.parameters()])
+    assert not judge.encoder.model.training
 
 
 def test_encoder_inside_the_folder_moves_with_it(bert, tmp_path):
@@ -389,10 +389,10 @@ def test_sequence_classifier_refuses(tmp_path, tiny_model_dir):
 
 def test_causal_judge_over_an_exported_policy(tiny_model_dir):
     judge = judge_of(str(tiny_model_dir))
-    before = {name: value.clone() for name, value in judge.network.state_dict().items()}
+    before = {name: value.clone() for name, value in judge.encoder.model.state_dict().items()}
     spans = segment_texts(TEXTS, Segmenter())
     first = judge.score(TEXTS, records(), spans)
     assert torch.equal(judge.to("cpu").score(TEXTS, records(), spans), first)
-    assert all(torch.equal(before[name], value) for name, value in judge.network.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in judge.encoder.model.state_dict().items())
     full = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    assert sum(p.numel() for p in judge.network.parameters()) <= sum(p.numel() for p in full.parameters())
+    assert sum(p.numel() for p in judge.encoder.model.parameters()) <= sum(p.numel() for p in full.parameters())

@@ -59,15 +59,15 @@ def test_anchor_moves_the_policy_but_not_its_discriminator(kit, spec, differ, na
 def test_an_encoder_and_its_head_stay_as_they_are(kit, spec, name, tmp_path):
     """The real discriminator, over the frozen initial policy: every tensor, before and after, in a run and its resume."""
     judge = EncoderHeadDiscriminator(FrozenEncoder(spec.model, Encoding()), StackedHead(1, 64, hidden_units=8), ("sentence", "response"))
-    before = {key: value.clone() for part in (judge.network, judge.head) for key, value in part.state_dict().items()}
+    before = {key: value.clone() for part in (judge.encoder.model, judge.head) for key, value in part.state_dict().items()}
     fingerprint = judge.fingerprint()
     for ckpt in (None, tmp_path / "step=1.ckpt"):
         callbacks = [AnchorCallback(judge, weight=0.5), kit.SaveAt(tmp_path)]
         kit.fit(kit.make_module(name, spec), kit.make_trainer(2, callbacks=callbacks), ckpt=ckpt)
-        after = {key: value for part in (judge.network, judge.head) for key, value in part.state_dict().items()}
+        after = {key: value for part in (judge.encoder.model, judge.head) for key, value in part.state_dict().items()}
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert judge.fingerprint() == fingerprint
-        assert not judge.network.training
+        assert not judge.encoder.model.training
         assert not judge.head.training
 
 
