@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aapa_lightning.errors import ConfigError, choose
 
-Aggregation = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+Aggregation = Literal["dapo", "grpo", "dr_grpo", "bnpo"]
 
 
 @dataclass(frozen=True, slots=True)

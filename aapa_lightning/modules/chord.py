@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.grpo import GRPOModule
-from aapa_lightning.objectives.chord import chord_mu, chord_sft_loss
+from aapa_lightning.objectives.chord import SFTWeight, chord_mu, chord_sft_loss
 from aapa_lightning.policy import PolicySpec
 
 
@@ -42,7 +42,7 @@ class CHORDModule(GRPOModule):
         mu_decay_steps: int = 0,
         mu_peak: float = 0.1,
         mu_valley: float = 0.1,
-        sft_weight: Literal["phi", "none", "is"] = "phi",
+        sft_weight: SFTWeight = "phi",
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)

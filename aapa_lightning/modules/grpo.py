@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from aapa_lightning.advantages import AdvantageScale, RewardAggregation
 from aapa_lightning.anchor.signal import combine_advantages
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, no_rescoring
@@ -19,8 +20,9 @@ from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, policy_inputs, window_logprobs
 from aapa_lightning.modules.base import PolicyModule
 from aapa_lightning.objectives.grpo import grpo_loss
-from aapa_lightning.objectives.surrogate import clipped_surrogate
+from aapa_lightning.objectives.surrogate import RatioLevel, clipped_surrogate
 from aapa_lightning.policy import PolicySpec
+from aapa_lightning.reduce import Aggregation
 from aapa_lightning.types import LossOutputs, Rollouts, TokenLossInputs
 
 
@@ -57,12 +59,12 @@ class GRPOModule(PolicyModule):
         group_size: int = 8,
         minibatches: int = 1,
         updates_per_window: int = 1,
-        aggregation: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo",
+        aggregation: Aggregation = "dapo",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        ratio_level: Literal["token", "sequence"] = "token",
-        scale_advantages: Literal["group", "batch", "none"] = "group",
-        reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+        ratio_level: RatioLevel = "token",
+        scale_advantages: AdvantageScale = "group",
+        reward_aggregation: RewardAggregation = "sum_then_normalize",
         beta: float = 0.0,
         kl_estimator: Literal["k2", "k3"] = "k3",
         reward_kl: float = 0.0,
@@ -79,7 +81,7 @@ class GRPOModule(PolicyModule):
         self.aggregation = aggregation
         self.clip_low = clip_low
         self.clip_high = clip_high
-        self.ratio_level: Literal["token", "sequence"] = ratio_level
+        self.ratio_level: RatioLevel = ratio_level
         self.beta = beta
         self.kl_estimator = kl_estimator
         self.entropy_coef = entropy_coef

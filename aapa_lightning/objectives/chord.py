@@ -13,7 +13,7 @@ from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.types import LossOutputs
 
-SFTWeight = Literal["none", "phi", "is"]
+SFTWeight = Literal["phi", "none", "is"]
 
 
 def chord_mu(step: int, *, warmup_steps: int = 0, decay_steps: int = 0, peak: float = 0.1, valley: float = 0.1) -> float:

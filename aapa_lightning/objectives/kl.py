@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from aapa_lightning.errors import choose
-
-KLEstimator = Literal["k1", "k2", "k3"]
 
 #: Largest log-ratio that is exponentiated; exp(20) is about 4.9e8, far from any ratio that carries information.
 LOG_RATIO_LIMIT = 20.0
