@@ -31,7 +31,10 @@ def _stream_ends(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     stream = DecodeStream(skip_special_tokens=True)
     written, ends = 0, []
     for token in ids:
-        written += len(stream.step(tokenizer.backend_tokenizer, int(token)) or "")
+        try:
+            written += len(stream.step(tokenizer.backend_tokenizer, int(token)) or "")
+        except Exception:  # of tokenizers: with byte fallback, broken bytes rewrite what stood before them, and the stream gives up
+            return _prefix_ends(tokenizer, ids)
         ends.append(written)
     return ends
 

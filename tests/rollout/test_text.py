@@ -76,7 +76,8 @@ def sentencepiece_like():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581the", "\u2581boat", "s", ".", "<0xE2>", "<0x82>", "<0xAC>"])}
+    tokens = ["<unk>", "</s>", "\u2581the", "\u2581boat", "s", ".", "<0xE2>", "<0x82>", "<0xAC>", "<0x0A>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Sequence(
@@ -90,3 +91,14 @@ def test_ends_follow_a_tokenizer_that_drops_the_first_space(sentencepiece_like) 
     assert text == "the boats\u20ac."
     assert ends == [3, 8, 9, 9, 9, 10, 11, 11]
     assert decode_with_ends(_Slow(sentencepiece_like), [2, 3, 4, 6, 7, 8, 5, 1]) == (text, ends)
+
+
+@pytest.mark.parametrize("ids", [[2, 9, 6, 3], [2, 6, 9, 7, 3], [9, 8]])
+def test_broken_bytes_that_rewrite_what_stood_before_them(sentencepiece_like, ids) -> None:
+    """A line break written as a byte is undone by the broken byte that follows it, which tokenizers' own stream refuses."""
+    text, ends = decode_with_ends(sentencepiece_like, ids)
+    assert text == sentencepiece_like.decode(ids)
+    assert "\ufffd" in text
+    assert decode_with_ends(_Slow(sentencepiece_like), ids) == (text, ends)
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
