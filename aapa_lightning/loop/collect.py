@@ -92,12 +92,14 @@ def collect(
     with torch.no_grad():
         rollouts = engine.generate(requests, sampling, seed=seed, window=window)
         old, reference = rescore(rollouts)
+        # casts of weights made here must not serve the loss under the same autocast: its gradient would end at them (pytorch#112583)
+        torch.clear_autocast_cache()
         signal = anchor.signal(rollouts, sum_over_ranks=sum_over_ranks) if anchor is not None else None
         loss_mask = rollouts.response_mask & ~(rollouts.truncated[:, None] & options.mask_truncated)
         columns, weights, metrics = _rewards(rollouts, rewards)
         if anchor is not None and signal is not None:
             metrics |= {f"anchor/{name}": value for name, value in signal.metrics.items()}
-            task = columns @ weights if rewards is not None else None
+            task = rewards.total(columns) if rewards is not None else None
             watched = anchor.observe(rollouts, signal, task, sum_over_ranks=sum_over_ranks)
             metrics |= {f"guard/{name}": value for name, value in watched.items()}
         columns, weights = _shape(columns, weights, rollouts, options, old, reference)
@@ -137,7 +139,7 @@ def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Ten
     columns = rewards.score(rollouts.texts, rollouts.records).to(device)
     weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
     metrics = {f"reward/{name}": float(columns[:, i].mean()) for i, name in enumerate(rewards.names)}
-    return columns, weights, metrics | {"reward": float((columns @ weights).mean())}
+    return columns, weights, metrics | {"reward": float(rewards.total(columns).mean())}
 
 
 def _shape(

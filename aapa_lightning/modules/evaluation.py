@@ -46,7 +46,7 @@ class Evaluator:
         self._length_distance.update(lengths, lengths[:0])
         if self._rewards:
             columns = self._rewards.score(rollouts.texts, rollouts.records)
-            self._mean("reward", columns @ torch.tensor(self._rewards.weights))
+            self._mean("reward", self._rewards.total(columns))
             for name, column in zip(self._rewards.names, columns.unbind(1), strict=True):
                 self._mean(f"reward/{name}", column)
         if self._judges:

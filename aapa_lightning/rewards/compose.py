@@ -53,6 +53,11 @@ class RewardSet:
         """
         return torch.stack([_column(reward, responses, records) for reward in self.rewards], dim=1)
 
+    def total(self, columns: Tensor) -> Tensor:
+        """Weighted sum of the rewards, float32 ``[N]``, of ``score``'s columns ``[N, R]`` on any device."""
+        # not a matrix product, which autocast would round to 16 bits
+        return (columns * torch.tensor(self.weights, device=columns.device)).sum(1)
+
     def select(self, records: Sequence[Record]) -> list[int]:
         """Indices of the records to train on: those that no reward leaves out. Called once, before training.
 

@@ -171,3 +171,42 @@ def test_truncated_sampling_warns(rollouts) -> None:
 def test_the_logged_reward_is_the_tasks_alone(rollouts) -> None:
     experience = run(rollouts, anchor=anchor(combine="reward"), anchor_weight=2.0)
     assert experience.metrics["reward"] == 3.0  # the mean length; with the anchor's column it would be 3.75
+
+
+def test_autocast_rounds_no_reward(rollouts) -> None:
+    seen = []
+
+    class Watched(AnchorTerm):
+        def observe(self, rollouts, signal, task_rewards=None, **kwargs):
+            seen.append(task_rewards)
+            return super().observe(rollouts, signal, task_rewards, **kwargs)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        experience = run(rollouts, rewards=RewardSet([Length(), Even()], [1.001, 0.37]), anchor=Watched(FakeDiscriminator()))
+    totals = [1.001 * length + 0.37 * (length % 2 == 0) for length in LENGTHS]
+    assert experience.metrics["reward"] == pytest.approx(sum(totals) / len(totals), rel=1e-6)
+    torch.testing.assert_close(seen[0], torch.tensor(totals))
+
+
+def test_the_loss_finds_no_weight_that_was_cast_without_gradient(rollouts) -> None:
+    """Under autocast a cast of a weight is kept; one made while sampling has no way back to the weight in torch 2.9."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._to_copy.default
+            return func(*args, **(kwargs or {}))
+
+    layer, inputs = torch.nn.Linear(2, 2, bias=False), torch.ones(1, 2, dtype=torch.bfloat16)
+
+    def rescore(rollouts):
+        layer(inputs)
+        return None, None
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(rollouts, rescore=rescore)
+        with Casts() as casts:
+            layer(inputs)
+    assert casts.count == 1

@@ -86,3 +86,10 @@ def test_judges_need_names_of_their_own() -> None:
 
     with pytest.raises(ConfigError, match="different names"):
         Evaluator(None, [Judge(), Judge()], torch.device("cpu"))
+
+
+def test_autocast_rounds_no_figure() -> None:
+    one = evaluator()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one.add_rollouts(rollouts(["b" * 1001], [False]))
+    assert one.compute(generated=True, experts=False)["reward"] == 1001.0
