@@ -165,12 +165,13 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in modules and in attention code that reads ``attention_dropout``."""
+    """Set every dropout probability to 0, in dropout modules and where a layer keeps one as a number, such as ``attention_dropout``."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # a plain attribute of attention layers
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
+                vars(module)[name] = 0.0
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -238,10 +239,11 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     """Write model and tokenizer as a Hugging Face folder.
 
     Warns when the folder's tokenizer would not be this one: transformers picks the tokenizer's class by the model's type for some types,
-    and then reads the same files differently.
+    and then reads the same files differently. Warns also of a generation config that transformers refuses to write.
     """
     from transformers import AutoTokenizer
 
+    _mend_generation_config(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     saved = AutoTokenizer.from_pretrained(out)
@@ -251,6 +253,21 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
             f"{model.config.model_type} models. Pass the original tokenizer as policy.tokenizer, or train a model of another type",
             stacklevel=2,
         )
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Keep the special tokens alone of a generation config that does not pass transformers' own check; some published models have one."""
+    from transformers import GenerationConfig
+
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        warnings.warn(f"the model's generation config is not valid, so only its special tokens are written: {_cause(error)}", stacklevel=3)
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in names})
 
 
 def _cause(error: Exception) -> str:

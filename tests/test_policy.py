@@ -69,9 +69,23 @@ def test_from_folder_with_overrides(tiny_model_dir) -> None:
     assert kept.model.layers[0].self_attn.attention_dropout == 0.5
 
 
-def test_disabled_dropout_makes_training_mode_deterministic(tokenizer_dir) -> None:
-    spec = PolicySpec(config={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}, tokenizer=tokenizer_dir)
-    model, _ = load_policy(spec)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        {
+            "model_type": "opt",
+            "hidden_size": 16,
+            "word_embed_proj_dim": 16,
+            "ffn_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    ],
+    ids=["modules", "numbers"],
+)
+def test_disabled_dropout_makes_training_mode_deterministic(tokenizer_dir, config) -> None:
+    model, _ = load_policy(PolicySpec(config=config, tokenizer=tokenizer_dir))
     model.train()
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(ids).logits, model(ids).logits)
@@ -282,3 +296,16 @@ def test_a_folder_that_reads_its_tokenizer_differently_is_announced(model_type, 
     config = AutoConfig.for_model(**tiny_config | {"model_type": model_type})
     save_policy(AutoModelForCausalLM.from_config(config), tiny_tokenizer, tmp_path)
     assert any("will not be read back with the tokenizer" in str(warning.message) for warning in recwarn) == warns
+
+
+def test_a_generation_config_that_cannot_be_written_does_not_cost_the_model(tiny_model_dir, tmp_path) -> None:
+    from transformers import GenerationConfig
+
+    model, tokenizer = load_policy(PolicySpec(model=str(tiny_model_dir)))
+    model.generation_config = GenerationConfig(temperature=0.9, eos_token_id=[1, 2])  # a temperature, but no do_sample
+    with pytest.warns(UserWarning, match="generation config is not valid, so only its special tokens are written: .*temperature"):
+        save_policy(model, tokenizer, tmp_path)
+    again, _ = load_policy(PolicySpec(model=str(tmp_path)))
+    assert torch.equal(logits(again), logits(model))
+    assert again.generation_config.eos_token_id == [1, 2]
+    assert again.generation_config.temperature is None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from aapa_kernels.anchor_advantage.groups import accumulator
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.reduce import masked_sum
 from aapa_lightning.types import SumOverRanks
@@ -40,7 +41,9 @@ class StepMeter:
     def compute(self, sum_over_ranks: SumOverRanks, device: torch.device) -> dict[str, float]:
         """Values over all ranks, by name; empties the meter. Called by every rank with the same names."""
         names = sorted(self._sums)
-        pairs = [torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device) for part in self._sums[name]]) for name in names]
+        pairs = [
+            torch.stack([torch.as_tensor(part, dtype=accumulator(device), device=device) for part in self._sums[name]]) for name in names
+        ]
         self._sums = {}
         if not names:
             return {}
