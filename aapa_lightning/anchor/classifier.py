@@ -14,6 +14,7 @@ from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
 from aapa_lightning.anchor.files import read_json
+from aapa_lightning.data.records import prompt_text
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
 from aapa_lightning.types import Record, SentenceSpans
@@ -100,8 +101,7 @@ class SequenceClassifierDiscriminator(Discriminator):
         return (order[i : i + size] for i in range(0, len(order), size))
 
     def _fill(self, response: str, record: Record) -> str:
-        prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(turn["content"] for turn in record.prompt)
-        values = {"prompt": prompt, "response": response}
+        values = {"prompt": prompt_text(record.prompt), "response": response}
         if self.needs_experts:
             values["reference"] = pick_reference(response, record, strict=False)
         # one pass: text that happens to hold "{response}" is not filled in again

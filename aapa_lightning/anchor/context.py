@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from aapa_lightning.anchor.segment import Span
+from aapa_lightning.data.records import prompt_text
 from aapa_lightning.types import Message
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class ContextTokenizer:
     def render(self, prompt: Prompt) -> str:
         """The prompt as the encoder reads it."""
         if not (self.causal and self.tokenizer.chat_template):
-            return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+            return prompt_text(prompt)
         turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.encoding.system_prompt is not None:
             turns = [{"role": "system", "content": self.encoding.system_prompt}, *turns]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
 
 from aapa_lightning.commands.columns import add_column_option, parse_columns
-
-if TYPE_CHECKING:
-    from aapa_lightning.types import Message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +52,12 @@ def _synthetic(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from aapa_lightning.data.records import read_records
+    from aapa_lightning.data.records import prompt_text, read_records
     from aapa_lightning.data.tokenizer import train_tokenizer
 
     columns = parse_columns(args.column)
     records = (record for path in args.paths for record in read_records(path, experts=args.experts, columns=columns))
-    texts = (text for record in records for text in (_text(record.prompt), *record.experts))
+    texts = (text for record in records for text in (prompt_text(record.prompt), *record.experts))
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(args.out)
     print(f"{len(tokenizer)} tokens, written to {args.out}")
@@ -86,7 +82,3 @@ def _check(args: argparse.Namespace) -> int:
     )
     print(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
-
-
-def _text(prompt: str | tuple[Message, ...]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)

@@ -38,6 +38,11 @@ def prompt_hash(prompt: str | Sequence[Message]) -> str:
     return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
 
 
+def prompt_text(prompt: str | Sequence[Message]) -> str:
+    """The prompt as plain text, the turns of a chat one after another."""
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
 def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str] | None = None) -> Record:
     """Validate one row in any dialect.
 

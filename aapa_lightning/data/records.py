@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from aapa_lightning.data.dialects import parse_record, prompt_hash
+from aapa_lightning.data.dialects import parse_record, prompt_hash, prompt_text
 from aapa_lightning.data.jsonl import iter_lines, parse_line
 from aapa_lightning.data.responses import Response, join_responses, read_responses
 from aapa_lightning.errors import ConfigError, DataError
@@ -27,6 +27,7 @@ __all__ = [
     "attach_experts",
     "parse_record",
     "prompt_hash",
+    "prompt_text",
     "read_records",
     "require_experts",
     "row_parsers",
