@@ -98,7 +98,7 @@ def read_records(
         _refuse_split(path, split)
         records = [parse_record(parse_line(source, line), source, columns) for source, line in iter_lines(path)]
     else:
-        rows = open_dataset(path, split)
+        rows = open_dataset(path, split, columns)
         records = LazyRecords(partial(_parsed, rows, path, columns), len(rows))
     if not records:
         raise DataError(f"{path} is empty; expected at least one record (one JSON object a line with 'prompt' or 'messages')")
@@ -111,7 +111,7 @@ def row_parsers(path: str, *, split: str | None = None, columns: Mapping[str, st
     if _is_json(path):
         _refuse_split(path, split)
         return (partial(_parsed_line, source, line, columns) for source, line in iter_lines(path))
-    rows = open_dataset(path, split)
+    rows = open_dataset(path, split, columns)
     return (partial(_parsed, rows, path, columns, i) for i in range(len(rows)))
 
 
@@ -171,8 +171,8 @@ def require_experts(records: Sequence[Record], why: str) -> None:
             )
 
 
-def open_dataset(path: str, split: str | None) -> Dataset:
-    """Open a Parquet file, a folder or a Hub dataset, memory-mapped. Raises DataError or ConfigError."""
+def open_dataset(path: str, split: str | None, columns: Mapping[str, str] | None = None) -> Dataset:
+    """Open a Parquet file, a folder or a Hub dataset, memory-mapped; arguments as of ``read_records``. Raises DataError or ConfigError."""
     import datasets
 
     if Path(path).suffix == ".parquet":
@@ -185,7 +185,7 @@ def open_dataset(path: str, split: str | None) -> Dataset:
         if inner and split and inner != split:
             raise ConfigError(f"{path} names the split {inner!r} and split={split!r}; give one")
         rows = _loading(path, lambda: datasets.load_dataset(name, config, split=inner or split or "train"))
-    if not {"prompt", "messages", "chosen"} & set(rows.column_names):
+    if not {"prompt", "messages", "chosen"} & {*rows.column_names, *(columns or {})}:
         raise DataError(f"{path}: expected a column 'prompt', 'messages' or 'chosen', found {sorted(rows.column_names)}")
     return rows
 

@@ -337,6 +337,16 @@ def test_columns_rename_fields(tmp_path):
     assert (record.prompt, record.experts, dict(record.extra)) == ("Q?", ("A.",), {})
 
 
+def test_columns_of_a_parquet_file_are_renamed_too(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"question": ["Why?"], "answer": ["So."]}).to_parquet(tmp_path / "d.parquet")
+    (record,) = read_records(str(tmp_path / "d.parquet"), columns={"prompt": "question", "expert": "answer"})
+    assert (record.prompt, record.experts) == ("Why?", ("So.",))
+    with pytest.raises(DataError, match=r"d.parquet:row 0: columns names 'prompt', found only"):
+        read_records(str(tmp_path / "d.parquet"), columns={"messages": "prompt"})
+
+
 def test_columns_that_are_missing_are_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Q?"}) + "\n")
