@@ -115,6 +115,10 @@ class InferenceModule(L.LightningModule):
         strict = self.prompt_format.overlong == "error"
         records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, demonstrations=strict)
         self._with_experts = any(record.experts for record in records)
+        if not (strict or self.trainer.predicting):  # one that cannot be encoded at all must not end a run at its first validation
+            for record in records:
+                for expert in record.experts[:1]:
+                    self._expert(record, expert)
         return EvalLoader(records, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
 
     def _select(self, records: Sequence[Record]) -> Sequence[Record]:

@@ -210,6 +210,14 @@ def test_what_is_too_long_can_be_left_out(build, trainer) -> None:
     assert figures == pytest.approx({f"test/{name}": value for name, value in expected.items()}, rel=1e-5)
 
 
+def test_a_malformed_expert_is_found_before_anything_is_generated(build, trainer, tiny_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(TransformersEngine, "generate", None)
+    records = [*RECORDS, Record("abc", (f"a{tiny_tokenizer.eos_token}b",), source="data.jsonl:6")]
+    for overlong in ("drop", "error"):
+        with pytest.raises(DataError, match=r"data\.jsonl:6: the expert response holds the end-of-sequence token"):
+            trainer().test(build(prompt_format=PromptFormat(overlong=overlong)), AapaDataModule(test=records), verbose=False)
+
+
 def test_earlier_turns_are_no_part_of_the_experts_response(build, trainer) -> None:
     chat = Record(
         ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}), ("The boats rest.",)
