@@ -200,7 +200,7 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
         ``out``, which ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Raises:
-        ConfigError: the file is missing, not a checkpoint of this library, or its tokenizer is gone.
+        ConfigError: the file is missing, not a checkpoint of this library, of a model type that transformers lacks, or its tokenizer is gone.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -212,8 +212,13 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     if saved is None:
         raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by SFTModule, GRPOModule or CHORDModule")
     settings = dict(saved["config"])
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except ValueError as error:  # code that came with the weights
+        kind = saved["config"]["model_type"]
+        raise ConfigError(f"export: transformers has no model type {kind!r}; use the folder export/ that the run itself wrote") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+        model = AutoModelForCausalLM.from_config(config)
     state = policy_state(loaded)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

@@ -272,6 +272,8 @@ def test_export_refuses_what_is_not_a_policys_checkpoint(checkpoint, tmp_path) -
     loaded = torch.load(checkpoint[0], weights_only=True)
     name = next(iter(loaded["state_dict"]))
     refused("lacks weights", loaded | {"state_dict": {k: v for k, v in loaded["state_dict"].items() if k != name and "lm_head" not in k}})
+    foreign = loaded["aapa"]["policy"] | {"config": loaded["aapa"]["policy"]["config"] | {"model_type": "of_its_own"}}
+    refused("no model type 'of_its_own'", loaded | {"aapa": {"policy": foreign}})
     with pytest.raises(ConfigError, match="found nothing"):
         export_policy(tmp_path, tmp_path / "export")
 
