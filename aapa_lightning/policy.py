@@ -200,7 +200,7 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
         ``out``, which ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Raises:
-        ConfigError: the file is missing, not a checkpoint of this library, of a model type that transformers lacks, or its tokenizer is gone.
+        ConfigError: the file is missing, not of this library, of a model type that transformers lacks, or its tokenizer is gone.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
