@@ -51,11 +51,12 @@ def table(seeds: dict[str, Summary]) -> str:
         cells = []
         for column, (_, digits) in COLUMNS.items():
             values = [summary[row][column] for summary in seeds.values()]
-            spread = f" <br><sub>{min(values):.{digits}f} to {max(values):.{digits}f}</sub>" if len(seeds) > 1 else ""
+            several = len(seeds) > 1 and column != "seconds"  # seeds that ran side by side took longer
+            spread = f" <br><sub>{min(values):.{digits}f} to {max(values):.{digits}f}</sub>" if several else ""
             cells.append(f"{first[row][column]:.{digits}f}{spread}")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(
-        [*lines, "", f"Seed {next(iter(seeds))}; below it the range over seeds {names}. Higher is better but for the last two."]
+        [*lines, "", f"Seed {next(iter(seeds))}; below it the range over seeds {names}. Higher is better but for the last two columns."]
     )
 
 
