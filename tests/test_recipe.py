@@ -229,9 +229,26 @@ def test_table_cells_cannot_break_the_table():
     assert text_table({"a|b": {"x\ny": 1.0}}).splitlines()[2] == r"| a\|b | 1.000 |"
 
 
-def test_a_summary_of_an_unknown_stage_is_named():
-    recipe = write(stage("a"), summary={"rows": {"x": "zzz"}, "columns": ["accuracy"]})
-    assert main(["recipe", recipe]) == 2
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rows": {"x": "zzz"}, "columns": ["accuracy"]}, "summary.rows.x: no stage 'zzz'"),
+        ({"rows": {"x": "a"}}, "expected `rows`, `columns`"),
+        ({"rows": {"x": "a"}, "columns": ["accuracy"], "given": {"y": {"loss": 1.0}}}, "summary.given.y: expected numbers for columns"),
+    ],
+)
+def test_a_summary_is_checked_before_anything_runs(section, message, capsys):
+    assert main(["recipe", write(stage("a"), summary=section)]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out/a").exists()
+
+
+def test_given_figures_stand_beside_the_stages():
+    section = {"rows": {"base": "a"}, "columns": ["accuracy", "loss"], "given": {"elsewhere": {"accuracy": 0.9}}}
+    assert main(["recipe", write(stage("a", env={"METRICS": json.dumps({"test/accuracy": 0.5})}), summary=section)]) == 0
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["base"]["accuracy"] == 0.5
+    assert summary["elsewhere"] == {"accuracy": 0.9, "loss": None}
 
 
 def test_variables_name_the_environment_and_earlier_variables(tmp_path, monkeypatch):

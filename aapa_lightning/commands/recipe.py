@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 
 from aapa_lightning.files import write_json, write_text
-from aapa_lightning.recipe.plan import Recipe, load_recipe
+from aapa_lightning.recipe.plan import load_recipe
 from aapa_lightning.recipe.runner import Progress, command_line, run_recipe, select
-from aapa_lightning.recipe.summary import summarise, text_table
+from aapa_lightning.recipe.summary import Summary, plan_summary, summarise, text_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the recipe; the exit code is that of the first stage that fails."""
     recipe = load_recipe(args.recipe, args.set)
+    summary = None if recipe.summary is None else plan_summary(recipe)
     if args.dry_run:
         for stage in select(recipe, args.start, args.only):
             print(shlex.join([*(f"{key}={value}" for key, value in stage.env.items()), *command_line(stage)]))
         return 0
     code = run_recipe(recipe, start=args.start, only=args.only, force=args.force)
-    if code == 0 and recipe.summary is not None and args.only is None:
-        _summary(recipe)
+    if code == 0 and summary is not None and args.only is None:
+        _show(recipe.run_dir, summary)
     return code
 
 
-def _summary(recipe: Recipe) -> None:
-    seconds = {name: entry["seconds"] for name, entry in Progress(recipe.run_dir).stages.items()}
-    table = summarise(recipe, seconds)
-    folder = Path(recipe.run_dir)
+def _show(run_dir: str, summary: Summary) -> None:
+    seconds = {name: entry["seconds"] for name, entry in Progress(run_dir).stages.items()}
+    table = summarise(summary, seconds)
+    folder = Path(run_dir)
     write_json(folder / "summary.json", table)
     write_text(folder / "summary.md", text_table(table))
-    print(f"\n{text_table(table)}\nwritten to {os.path.join(recipe.run_dir, 'summary.json')}")
+    print(f"\n{text_table(table)}\nwritten to {os.path.join(run_dir, 'summary.json')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,62 @@ from aapa_lightning.recipe.references import Stage
 Table = dict[str, dict[str, float | None]]
 
 
-def summarise(recipe: Recipe, seconds: Mapping[str, float]) -> Table:
-    """Collect the columns of each row.
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A recipe's ``summary`` section, checked.
 
     Args:
-        recipe: its ``summary`` has ``rows`` (row name to stage name) and ``columns`` (names, or column name to metric name). A metric is
-            read from the stage's ``test_metrics.json``, with or without the prefix ``test/``; ``seconds`` is the stage's wall time.
-        seconds: wall seconds by stage.
+        rows: row name to the stage it shows.
+        metrics: column name to metric name.
+        given: further rows with figures from elsewhere, to compare with.
+    """
 
-    Returns:
-        Row name to column name to number; None where the stage did not report it.
+    rows: dict[str, Stage]
+    metrics: dict[str, str]
+    given: dict[str, dict[str, float]]
+
+
+def plan_summary(recipe: Recipe) -> Summary:
+    """Check the section before anything runs.
+
+    It has ``rows`` (row name to stage name), ``columns`` (names, or column name to metric name) and possibly ``given`` (row name to column
+    name to number).
 
     Raises:
         ConfigError: the section is malformed, or a row names no stage.
     """
     section = recipe.summary
-    if not isinstance(section, dict) or set(section) != {"rows", "columns"} or not isinstance(section["rows"], dict):
-        raise ConfigError(f"{recipe.path}: summary: expected `rows` (a mapping) and `columns` (a list or a mapping)")
-    columns = section["columns"]
-    if not isinstance(columns, list | dict):
-        raise ConfigError(f"{recipe.path}: summary.columns: expected a list or a mapping, found {columns!r}")
-    metrics = dict(columns) if isinstance(columns, dict) else {str(name): str(name) for name in columns}
+    if not isinstance(section, dict) or not {"rows", "columns"} <= set(section) <= {"rows", "columns", "given"}:
+        raise ConfigError(f"{recipe.path}: summary: expected `rows`, `columns` and possibly `given`")
+    rows, columns, given = section["rows"], section["columns"], section.get("given", {})
+    if not isinstance(rows, dict) or not isinstance(columns, list | dict) or not isinstance(given, dict):
+        raise ConfigError(f"{recipe.path}: summary: expected mappings under rows and given, and a list or a mapping under columns")
     latest = {name: stage for stage in recipe.stages for name in (stage.name, stage.base)}
-    table: Table = {}
-    for row, name in section["rows"].items():
+    for row, name in rows.items():
         if name not in latest:
             raise ConfigError(f"{recipe.path}: summary.rows.{row}: no stage {name!r}; expected one of {', '.join(latest)}")
-        table[row] = _row(latest[name], metrics, seconds)
-    return table
+    metrics = dict(columns) if isinstance(columns, dict) else {str(name): str(name) for name in columns}
+    for row, figures in given.items():
+        if not isinstance(figures, dict) or not set(figures) <= set(metrics):
+            raise ConfigError(
+                f"{recipe.path}: summary.given.{row}: expected numbers for columns among {', '.join(metrics)}, found {figures!r}"
+            )
+    return Summary({row: latest[name] for row, name in rows.items()}, metrics, given)
+
+
+def summarise(summary: Summary, seconds: Mapping[str, float]) -> Table:
+    """Collect the columns of each row.
+
+    Args:
+        summary: a metric is read from the stage's ``test_metrics.json``, with or without the prefix ``test/``; ``seconds`` is the stage's
+            wall time.
+        seconds: wall seconds by stage.
+
+    Returns:
+        Row name to column name to number; None where the stage did not report it.
+    """
+    table = {row: _row(stage, summary.metrics, seconds) for row, stage in summary.rows.items()}
+    return table | {row: {column: figures.get(column) for column in summary.metrics} for row, figures in summary.given.items()}
 
 
 def _row(stage: Stage, metrics: Mapping[str, str], seconds: Mapping[str, float]) -> dict[str, float | None]:
