@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-gpu test-slow lint format clean
 
 help:
-	@echo "make quickstart   train SFT, GRPO and anchored GRPO on a synthetic world (CPU, about 8 minutes)"
+	@echo "make quickstart   train SFT, GRPO and anchored GRPO on a synthetic world (CPU, about 5 minutes)"
 	@echo "make test         format, lint and type checks, then the tests"
+	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-slow    the tests that take minutes (AAPA_DATA names the real data)"
 	@echo "make lint         the checks alone"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make clean        remove caches and .venv; runs/ stays"
@@ -18,6 +20,12 @@ quickstart: $(VENV)/.core
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "not slow and not gpu"
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

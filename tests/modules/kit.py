@@ -145,14 +145,13 @@ def make_anchor(weight=0.5, *, judge: int = 0, adaptive: bool = False, **options
 
 
 def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logger=False, **options) -> L.Trainer:
-    """A quiet CPU trainer that logs every step."""
-    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_checkpointing": False} | options
+    """A quiet trainer, on the CPU unless told otherwise, that logs every step."""
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_checkpointing": False, "accelerator": "cpu"} | options
     return L.Trainer(
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         callbacks=list(callbacks),
         logger=logger,
-        accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
