@@ -40,6 +40,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         self.max_rows = max_rows
+        self._criteria: dict[tuple[str, ...], Any] = {}
 
     @torch.no_grad()
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
@@ -60,7 +61,7 @@ class TransformersEngine:
         device = self.model.device
         prompt_ids, prompt_mask = _pad_left(prompts, self.tokenizer.pad_token_id)
         sampler = _RowSampler(keys.to(device), params)
-        stops = _RowStops(self.tokenizer, self.eos_ids, params.stop, len(prompts), prompt_ids.shape[1], device)
+        stops = _RowStops(self.eos_ids, self._stop_strings(params.stop), len(prompts), prompt_ids.shape[1], device)
         generate: Any = self.model.generate  # a mixin's method that the stubs take for a tensor
         sequences = generate(
             input_ids=prompt_ids.to(device),
@@ -82,6 +83,15 @@ class TransformersEngine:
         return [
             (response[i, :length].tolist(), logprobs[i, :length].tolist(), not bool(ended[i])) for i, length in enumerate(lengths.tolist())
         ]
+
+    def _stop_strings(self, stop: Sequence[str]) -> Any:
+        """The criterion of stop strings, or None. Kept, since it matches them to the whole vocabulary when it is made."""
+        key = tuple(stop)
+        if key and key not in self._criteria:
+            from transformers import StopStringCriteria
+
+            self._criteria[key] = StopStringCriteria(self.tokenizer, list(key))
+        return self._criteria.get(key)
 
     def _collate(self, requests: list[RolloutRequest], drawn: list[tuple[list[int], list[float], bool]]) -> Rollouts:
         pad, device = self.tokenizer.pad_token_id, self.model.device
@@ -138,21 +148,13 @@ class _RowSampler:
 class _RowStops:
     """Stopping criterion: EOS ids and stop strings. Remembers where each row ended, so that no mask is ever read off ids."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        eos_ids: Sequence[int],
-        stop: Sequence[str],
-        rows: int,
-        prompt_length: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, eos_ids: Sequence[int], strings: Any, rows: int, prompt_length: int, device: torch.device) -> None:
         # transformers pads finished rows only where a criterion has this attribute
         self.eos_token_id = torch.tensor(eos_ids, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self._prompt_length = prompt_length
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._strings = _stop_strings(tokenizer, stop)
+        self._strings = strings
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = torch.isin(input_ids[:, -1], self.eos_token_id)
@@ -166,14 +168,6 @@ class _RowStops:
     def lengths(self, generated: int) -> Tensor:
         """int64 ``[B]``: where a row ended, or everything that was generated."""
         return torch.where(self.ended, self._lengths, generated).cpu()
-
-
-def _stop_strings(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Any:
-    if not stop:
-        return None
-    from transformers import StopStringCriteria
-
-    return StopStringCriteria(tokenizer, list(stop))
 
 
 def _pad_left(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
