@@ -93,3 +93,17 @@ def debug_runs(header_commands, tmp_path_factory) -> Path:
             (words,) = header_commands(configs / "debug" / f"{name}.yaml")
             assert main([*words, *short[words[0]], "--trainer.enable_progress_bar=false"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def build_cli():
+    """Parse the words of a trainer command and build its classes on the CPU, as always, but run nothing."""
+    from aapa_lightning.commands.parser import import_components
+    from aapa_lightning.commands.train import AapaCLI
+
+    class Unrun(AapaCLI):
+        def _run_subcommand(self, subcommand):
+            pass
+
+    import_components()
+    return lambda *words: Unrun([*words, "--trainer.accelerator=cpu"])

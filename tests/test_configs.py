@@ -44,29 +44,18 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Unrun(AapaCLI):
-    """Parses and instantiates as always, and stops there."""
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
-def build(*words: str) -> AapaCLI:
-    return Unrun([*words, "--trainer.accelerator=cpu"])
-
-
 def configs(*names: str) -> list[str]:
     return [f"--config=configs/{name}.yaml" for name in names]
 
 
-def build_recipe(file: str, *overrides: str) -> dict[str, AapaCLI]:
+def build_recipe(build_cli, file: str, *overrides: str) -> dict[str, AapaCLI]:
     """The trainer stages of a recipe, by name, as their commands would build them."""
     built = {}
     for stage in load_recipe(file, overrides).stages:
         if stage.command[0] in TRAINER_COMMANDS:
             if stage.settings:
                 write_text(stage.settings_file, yaml.safe_dump(stage.settings, sort_keys=False))
-            built[stage.name] = build(*stage.command, *stage.arguments)
+            built[stage.name] = build_cli(*stage.command, *stage.arguments)
     return built
 
 
@@ -96,15 +85,15 @@ def test_a_config_is_headed_by_a_command_that_uses_it(file, header_commands):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if "/debug/" not in file and file not in RECIPES])
-def test_a_config_instantiates(file, header_commands):
+def test_a_config_instantiates(file, header_commands, build_cli):
     for words in header_commands(Path(file)):
         if words[0] != "recipe":
-            check_numbers(build(*words))
+            check_numbers(build_cli(*words))
 
 
 @pytest.mark.parametrize("file", [file for file in RECIPES if Path(file).stem not in STAGED])
-def test_the_stages_of_a_recipe_instantiate(file):
-    built = build_recipe(file)
+def test_the_stages_of_a_recipe_instantiate(file, build_cli):
+    built = build_recipe(build_cli, file)
     assert built
     for cli in built.values():
         check_numbers(cli)
@@ -112,8 +101,8 @@ def test_the_stages_of_a_recipe_instantiate(file):
 
 @pytest.mark.parametrize("size", MODELS)
 @pytest.mark.parametrize("name", STAGED)
-def test_staged_recipes_instantiate_for_every_size(name, size):
-    built = build_recipe(f"configs/recipes/{name}.yaml", f"vars.size={size}")
+def test_staged_recipes_instantiate_for_every_size(name, size, build_cli):
+    built = build_recipe(build_cli, f"configs/recipes/{name}.yaml", f"vars.size={size}")
     export = f"runs/{name}-{size}/discriminator/export"
     for stage, cli in built.items():
         check_numbers(cli)
@@ -129,24 +118,24 @@ def test_staged_recipes_instantiate_for_every_size(name, size):
 
 @pytest.mark.parametrize("size", MODELS)
 @pytest.mark.parametrize("name", [*ANCHORED, "rollouts"])
-def test_a_model_goes_with_every_policy_recipe(name, size):
-    cli = build("predict" if name == "rollouts" else "fit", *configs(f"recipes/{name}", f"models/{size}"))
+def test_a_model_goes_with_every_policy_recipe(name, size, build_cli):
+    cli = build_cli("predict" if name == "rollouts" else "fit", *configs(f"recipes/{name}", f"models/{size}"))
     check_numbers(cli)
     assert cli.model.policy.model == MODELS[size]
 
 
 @pytest.mark.parametrize("name", ANCHORED)
-def test_the_anchor_goes_with_every_objective(name):
-    bare = build("fit", *configs(f"recipes/{name}"))
-    anchored = build("fit", *configs(f"recipes/{name}", "anchor"))
+def test_the_anchor_goes_with_every_objective(name, build_cli):
+    bare = build_cli("fit", *configs(f"recipes/{name}"))
+    anchored = build_cli("fit", *configs(f"recipes/{name}", "anchor"))
     assert not anchors(bare)
     assert [anchor.discriminator for anchor in anchors(anchored)] == ["runs/discriminator/export"]
     assert type(anchored.model) is type(bare.model)
     assert (str(bare.run_dir), str(anchored.run_dir)) == (f"runs/{name}", f"runs/aapa-{name}")
 
 
-def test_the_anchor_keeps_the_callbacks_of_the_other_file():
-    cli = build("fit", *configs("recipes/grpo", "anchor"))
+def test_the_anchor_keeps_the_callbacks_of_the_other_file(build_cli):
+    cli = build_cli("fit", *configs("recipes/grpo", "anchor"))
     named = [callback for callback in cli.trainer.callbacks if isinstance(callback, AnchorCallback | SampleWriter)]
     assert [type(callback) for callback in named] == [SampleWriter, AnchorCallback]
     assert named[0].groups == 4

@@ -17,7 +17,6 @@ import yaml
 from aapa_lightning.callbacks.anchor import AnchorCallback
 from aapa_lightning.cli import COMMANDS, main
 from aapa_lightning.commands.parser import import_components
-from aapa_lightning.commands.train import AapaCLI
 from aapa_lightning.recipe.plan import load_recipe
 from aapa_lightning.rewards.instructions import CHECKS
 
@@ -95,21 +94,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Unrun(AapaCLI):
-    """Parses and instantiates as always, and stops there."""
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
 @pytest.mark.parametrize("block", CONFIGS, ids=lambda block: block.where)
-def test_configurations_are_accepted(block, folder):
+def test_configurations_are_accepted(block, folder, build_cli):
     words = ["fit"]
     if "class_path" not in LOADED[block].get("model", {}):
         (folder / "base.yaml").write_text(yaml.safe_dump(TINY))
         words += ["--config=base.yaml"]
     (folder / "snippet.yaml").write_text(block.text)
-    Unrun([*words, "--config=snippet.yaml", "--trainer.accelerator=cpu"])
+    build_cli(*words, "--config=snippet.yaml")
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=lambda block: block.where)
