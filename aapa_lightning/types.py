@@ -168,12 +168,66 @@ class LossOutputs:
     """What an objective returns: it neither reduces nor logs.
 
     Args:
-        losses: float32 ``[N, L]`` per-token losses in nats; 0 on masked positions.
-        metrics: per-token values ``[N, L]`` (detached) that the caller averages over the mask and logs under these names.
+        losses: float32 ``[N, L]`` per-token losses in nats, 0 on masked positions; of preference objectives one per pair ``[B]`` or labelled
+            response ``[R]``.
+        metrics: values of the losses' shape (detached) that the caller averages over the mask and logs under these names.
     """
 
     losses: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+#: Concatenates a vector ``[n]`` of every rank, in order of ranks, without gradient: ``[ranks * n]``; the identity in a single process.
+GatherOverRanks = Callable[[Tensor], Tensor]
+
+
+def identity_gather(value: Tensor) -> Tensor:
+    """The ``GatherOverRanks`` of a single process."""
+    return value.detach()
+
+
+@dataclass(slots=True)
+class PairLossInputs:
+    """Inputs of a preference objective over ``B`` pairs; a log-prob is the sum over the response's tokens, at temperature 1.
+
+    Args:
+        chosen_logprobs: float32 ``[B]`` nats, the policy's (carries the gradient).
+        rejected_logprobs: float32 ``[B]`` nats.
+        chosen_lengths: int64 ``[B]``, response tokens, the ending EOS included.
+        rejected_lengths: int64 ``[B]``.
+        ref_chosen_logprobs: float32 ``[B]``, the frozen reference policy, or None where the objective needs none.
+        ref_rejected_logprobs: float32 ``[B]`` or None.
+        stressed_margins: float32 ``[B]``, length-normalised margins at perturbed weights (detached), for GAPO alone.
+        gather: concatenates over ranks, for statistics of the batch; every rank holds as many pairs.
+    """
+
+    chosen_logprobs: Tensor
+    rejected_logprobs: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    ref_chosen_logprobs: Tensor | None = None
+    ref_rejected_logprobs: Tensor | None = None
+    stressed_margins: Tensor | None = None
+    gather: GatherOverRanks = identity_gather
+
+
+@dataclass(slots=True)
+class LabelLossInputs:
+    """Inputs of an objective over ``R`` single responses, each labelled desirable or not; log-probs as in ``PairLossInputs``.
+
+    Args:
+        logprobs: float32 ``[R]`` nats, the policy's (carries the gradient).
+        ref_logprobs: float32 ``[R]``, the frozen reference policy.
+        labels: bool ``[R]``, true where the response is desirable.
+        mismatched_log_ratios: float32 ``[K]``, log pi - log pi_ref of responses to other prompts (detached).
+        gather: concatenates over ranks; ranks may differ in ``R`` and ``K``, so only vectors of one length go through it.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    labels: Tensor
+    mismatched_log_ratios: Tensor
+    gather: GatherOverRanks = identity_gather
 
 
 #: Sums a tensor over all ranks, elementwise, and returns the result; the identity in a single process.
