@@ -37,8 +37,8 @@ class Record:
         prompt: plain text, or the chat turns before the response.
         experts: expert responses to the prompt; may be empty where nothing needs one.
         instructions: verifiable instructions that a response should follow.
-        chosen: preferred response of a pair, with ``rejected``.
-        rejected: the other response of the pair.
+        chosen: preferred response of a pair, with ``rejected``; alone, a response labelled desirable.
+        rejected: the other response of the pair; alone, a response labelled undesirable. May be empty.
         key: identifier given by the dataset (IFEval's ``key``), used to join response files.
         extra: every other column, passed to reward functions.
         source: ``file:line`` (or ``dataset:row``) for error messages.
@@ -168,8 +168,8 @@ class LossOutputs:
     """What an objective returns: it neither reduces nor logs.
 
     Args:
-        losses: float32 ``[N, L]`` per-token losses in nats, 0 on masked positions; of preference objectives one per pair ``[B]`` or labelled
-            response ``[R]``.
+        losses: float32 ``[N, L]`` per-token losses in nats, 0 on masked positions; of preference objectives one for each pair ``[B]`` or
+            labelled response ``[R]``.
         metrics: values of the losses' shape (detached) that the caller averages over the mask and logs under these names.
     """
 

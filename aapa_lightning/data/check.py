@@ -41,6 +41,9 @@ class CheckReport:
         with_experts: valid rows with at least one expert response.
         experts: expert responses in all.
         with_pairs: valid rows with ``chosen`` and ``rejected``.
+        equal_pairs: those of them whose two responses are the same, which no objective on pairs accepts.
+        only_chosen: valid rows with ``chosen`` alone, a response labelled desirable.
+        only_rejected: valid rows with ``rejected`` alone, a response labelled undesirable.
         instructions: instructions by identifier.
         unverifiable: valid rows with an instruction that no check knows; ``InstructionReward`` refuses them, or leaves them out.
         duplicate_prompts: valid rows whose prompt occurred in a row before.
@@ -57,6 +60,9 @@ class CheckReport:
     with_experts: int = 0
     experts: int = 0
     with_pairs: int = 0
+    equal_pairs: int = 0
+    only_chosen: int = 0
+    only_rejected: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
     unverifiable: int = 0
     duplicate_prompts: int = 0
@@ -81,6 +87,10 @@ class CheckReport:
             f"{self.path}: {self.rows} rows, {self.valid} valid, {self.error_count} errors",
             f"experts: {self.experts} in {self.with_experts} rows; pairs: {self.with_pairs}; repeated prompts: {self.duplicate_prompts}",
         ]
+        if self.only_chosen or self.only_rejected:
+            lines.append(f"labelled responses: {self.only_chosen} only chosen, {self.only_rejected} only rejected")
+        if self.equal_pairs:
+            lines.append(f"pairs whose two responses are the same: {self.equal_pairs} ('aapa data pairs --chosen given' leaves them out)")
         for what, lengths in (("prompts", self.prompt_lengths), ("experts", self.expert_lengths)):
             if lengths:
                 values = f"{lengths.minimum} to {lengths.maximum}, median {lengths.median:g}, 95% up to {lengths.p95}"
@@ -218,7 +228,11 @@ class _Tally:
         report.valid += 1
         report.with_experts += bool(record.experts)
         report.experts += len(record.experts)
-        report.with_pairs += record.chosen is not None
+        sides = (record.chosen is not None, record.rejected is not None)
+        report.with_pairs += sides == (True, True)
+        report.equal_pairs += sides == (True, True) and record.chosen == record.rejected
+        report.only_chosen += sides == (True, False)
+        report.only_rejected += sides == (False, True)
         report.unverifiable += not verifiable
 
     def close(self) -> None:

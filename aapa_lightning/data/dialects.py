@@ -7,11 +7,13 @@ native             ``prompt`` (text or chat turns), ``expert`` (text or list of 
 IFEval             ``prompt``, ``instruction_id_list``, ``kwargs``, ``key``
 chat               ``messages``: a last assistant turn is the expert, the turns before it are the prompt
 TRL completion     ``prompt``, ``completion`` (text or chat turns): the completion is the expert
-TRL preference     ``prompt`` (may be left out), ``chosen``, ``rejected`` (text or chat turns)
+TRL preference     ``prompt`` (may be left out), ``chosen``, ``rejected`` (text or chat turns); one of the two may stand alone
+labelled (KTO)     a completion or a chat with ``label`` true or false: the response is ``chosen`` or ``rejected``, not an expert
 RLVR               ``ground_truth`` beside a prompt: the constraints become instructions (``ground_truth.py``)
 =================  ========================================================================================================================
 
-Absent and null mean the same. Every column that is none of these goes to ``Record.extra``, and so does ``ground_truth``.
+Absent and null mean the same. A rejected response may be empty (a policy can answer nothing); all other text may not. Every column that
+is none of these goes to ``Record.extra``, and so do ``ground_truth`` and a ``label`` that is not true or false.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 from aapa_lightning.data.fields import Turns, parse_instructions, parse_prompt, parse_turns, scalar_key, text
@@ -59,8 +61,15 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
         DataError: a field is missing, empty or of the wrong type, or a column of ``columns`` is missing.
     """
     fields = {name: value for name, value in _renamed(row, columns or {}, source).items() if value is not None}
-    prompt, experts = _conversation(fields, source)
-    prompt, chosen, rejected = _pair(fields, prompt, source)
+    label = _label(fields)
+    prompt, experts = _conversation(fields, source, may_be_empty=label is False)
+    if label is None:
+        prompt, chosen, rejected = _pair(fields, prompt, source)
+    else:
+        if not experts and prompt is not None:
+            raise DataError(f"{source}: 'label' without a response; let 'messages' end with an assistant turn, or remove the label")
+        labelled, experts = next(iter(experts), None), ()
+        chosen, rejected = (labelled, None) if label else (None, labelled)
     if prompt is None:
         raise DataError(
             f"{source}: no prompt; expected a column 'prompt' (text or chat turns) or 'messages', found columns {sorted(map(str, row))}"
@@ -96,14 +105,22 @@ def _instructions(columns: dict[str, Any], source: str) -> tuple[Instruction, ..
     return constraints
 
 
-def _conversation(columns: dict[str, Any], source: str) -> tuple[str | Turns | None, tuple[str, ...]]:
-    """Take prompt and experts out of ``columns``."""
+def _label(columns: dict[str, Any]) -> bool | None:
+    """Take a label of the row's response out of ``columns``; None where it labels no response, or is not true or false."""
+    other = {"expert", "experts", "chosen", "rejected"} & columns.keys()
+    if other or not {"completion", "messages"} & columns.keys() or not isinstance(columns.get("label"), bool):
+        return None
+    return bool(columns.pop("label"))
+
+
+def _conversation(columns: dict[str, Any], source: str, *, may_be_empty: bool) -> tuple[str | Turns | None, tuple[str, ...]]:
+    """Take prompt and experts out of ``columns``; ``may_be_empty`` speaks of the response."""
     if {"expert", "experts"} <= columns.keys():
         raise DataError(f"{source}: both 'expert' and 'experts'; keep one")
     given = columns.pop("expert", columns.pop("experts", None))
     if given is None and "completion" not in columns and "messages" in columns:
         columns.pop("prompt", None)
-        turns = parse_turns(columns.pop("messages"), "messages", source)
+        turns = parse_turns(columns.pop("messages"), "messages", source, may_end_empty=may_be_empty)
         return _last_turn(turns, source) if turns[-1]["role"] == "assistant" else (turns, ())
     prompt = parse_prompt(columns.pop("prompt"), source) if "prompt" in columns else None
     if given is not None:
@@ -112,10 +129,8 @@ def _conversation(columns: dict[str, Any], source: str) -> tuple[str | Turns | N
     if completion is None or prompt is None:
         return prompt, ()
     if isinstance(completion, str):
-        return prompt, (text(completion, "completion", source),)
-    turns = parse_turns(completion, "completion", source)
-    if turns[-1]["role"] != "assistant":
-        raise DataError(f"{source}: 'completion' must end with an assistant turn, found the role {turns[-1]['role']!r}")
+        return prompt, (text(completion, "completion", source, allow_empty=may_be_empty),)
+    turns = _responding(completion, "completion", source, may_be_empty=may_be_empty)
     if len(turns) == 1:
         return prompt, (turns[0]["content"],)
     return _last_turn(_as_turns(prompt) + turns, source)
@@ -139,42 +154,46 @@ def _experts(value: Any, source: str) -> tuple[str, ...]:
     return tuple(text(expert, f"expert[{i}]", source) for i, expert in enumerate(value))
 
 
+def _responding(value: Any, name: str, source: str, *, may_be_empty: bool) -> Turns:
+    """Chat turns that end with the assistant's."""
+    turns = parse_turns(value, name, source, may_end_empty=may_be_empty)
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{source}: '{name}' must end with an assistant turn, found the role {turns[-1]['role']!r}")
+    return turns
+
+
 def _pair(columns: dict[str, Any], prompt: str | Turns | None, source: str) -> tuple[str | Turns | None, str | None, str | None]:
     """Take ``chosen`` and ``rejected`` out of ``columns``, and the prompt from what they share where there is none."""
     sides = {name: columns.pop(name) for name in ("chosen", "rejected") if name in columns}
-    if not sides:
-        return prompt, None, None
-    if len(sides) == 1:
-        raise DataError(f"{source}: '{next(iter(sides))}' without its counterpart; a pair needs both 'chosen' and 'rejected'")
-    chosen, rejected = sides["chosen"], sides["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    if len({isinstance(value, str) for value in sides.values()}) == 2:
         raise DataError(f"{source}: 'chosen' and 'rejected' must both be text or both be chat turns")
-    if isinstance(chosen, str):
-        return _text_pair(prompt, chosen, rejected, source)
-    return _chat_pair(prompt, parse_turns(chosen, "chosen", source), parse_turns(rejected, "rejected", source), source)
+    if any(isinstance(value, str) for value in sides.values()):
+        prompt, texts = _texts(prompt, sides, source)
+    else:
+        turns = {name: _responding(value, name, source, may_be_empty=name == "rejected") for name, value in sides.items()}
+        prompt, texts = _last_turns(prompt, turns, source)
+    return prompt, texts.get("chosen"), texts.get("rejected")
 
 
-def _text_pair(prompt: str | Turns | None, chosen: str, rejected: str, source: str) -> tuple[str | Turns, str, str]:
-    if prompt is None:
+def _texts(prompt: str | Turns | None, sides: dict[str, str], source: str) -> tuple[str | Turns | None, dict[str, str]]:
+    if prompt is None and len(sides) == 2:
         # TRL's rule: what both share is the prompt; a space before the first difference belongs to the responses.
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*sides.values(), strict=False))
         shared = "".join(character for character, _ in same).removesuffix(" ")
         prompt = text(shared, "prompt (the beginning that 'chosen' and 'rejected' share)", source)
-        chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
-    return prompt, text(chosen, "chosen", source), text(rejected, "rejected", source)
+        sides = {name: value[len(shared) :] for name, value in sides.items()}
+    return prompt, {name: text(value, name, source, allow_empty=name == "rejected") for name, value in sides.items()}
 
 
-def _chat_pair(prompt: str | Turns | None, chosen: Turns, rejected: Turns, source: str) -> tuple[str | Turns, str, str]:
-    before = chosen[:-1]
-    if before != rejected[:-1]:
+def _last_turns(prompt: str | Turns | None, sides: dict[str, Turns], source: str) -> tuple[str | Turns | None, dict[str, str]]:
+    if any(turns[:-1] != other[:-1] for turns, other in pairwise(sides.values())):
         raise DataError(f"{source}: 'chosen' and 'rejected' differ before their last turn; only the last assistant turn may differ")
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns[-1]["role"] != "assistant":
-            raise DataError(f"{source}: '{name}' must end with an assistant turn, found the role {turns[-1]['role']!r}")
-    if prompt is None:
-        if not before:
-            raise DataError(f"{source}: no prompt; add 'prompt', or let 'chosen' and 'rejected' begin with the same turns")
-        prompt = before
-    elif before and before != _as_turns(prompt):
-        raise DataError(f"{source}: the turns before the response in 'chosen' are not those of 'prompt'; drop them or make them equal")
-    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+    for name, turns in sides.items():
+        before = turns[:-1]
+        if prompt is None:
+            if not before:
+                raise DataError(f"{source}: no prompt; add 'prompt', or let '{name}' begin with the turns of the prompt")
+            prompt = before
+        elif before and before != _as_turns(prompt):
+            raise DataError(f"{source}: the turns before the response in '{name}' are not those of 'prompt'; drop them or make them equal")
+    return prompt, {name: turns[-1]["content"] for name, turns in sides.items()}

@@ -36,11 +36,15 @@ def scalar_key(value: Any, source: str) -> str | None:
     return str(value)
 
 
-def parse_turns(value: Any, what: str, source: str) -> Turns:
-    """Validate chat turns: ``role`` and ``content`` (text) each; other keys are dropped, tool calls refused."""
+def parse_turns(value: Any, what: str, source: str, *, may_end_empty: bool = False) -> Turns:
+    """Validate chat turns: ``role`` and ``content`` (text) each; other keys are dropped, tool calls refused.
+
+    Only a system turn may be empty, and with ``may_end_empty`` the last turn.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise DataError(f"{source}: '{what}' must be a list of chat turns {{role, content}}, not empty; found {type(value).__name__}")
-    return tuple(_turn(turn, f"{what}[{i}]", source) for i, turn in enumerate(value))
+    last = len(value) - 1
+    return tuple(_turn(turn, f"{what}[{i}]", source, may_be_empty=may_end_empty and i == last) for i, turn in enumerate(value))
 
 
 def parse_prompt(value: Any, source: str) -> str | Turns:
@@ -55,14 +59,15 @@ def parse_prompt(value: Any, source: str) -> str | Turns:
     return turns
 
 
-def _turn(turn: Any, what: str, source: str) -> Message:
+def _turn(turn: Any, what: str, source: str, *, may_be_empty: bool) -> Message:
     if not isinstance(turn, Mapping) or "role" not in turn:
         raise DataError(f"{source}: '{what}' must be an object with 'role' and 'content', found {_shape(turn)}")
     if turn["role"] not in ROLES:
         raise DataError(f"{source}: '{what}' has the role {turn['role']!r}; expected one of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
         raise DataError(f"{source}: '{what}' has tool calls; only text turns are supported, write the call as text or leave the row out")
-    return Message(role=turn["role"], content=text(turn.get("content"), f"{what}.content", source, allow_empty=turn["role"] == "system"))
+    content = text(turn.get("content"), f"{what}.content", source, allow_empty=may_be_empty or turn["role"] == "system")
+    return Message(role=turn["role"], content=content)
 
 
 def _shape(value: Any) -> str:
