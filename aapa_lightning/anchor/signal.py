@@ -157,6 +157,16 @@ def _mean(values: Tensor) -> float:
     return float(values.float().mean()) if values.numel() else 0.0
 
 
+def first_responses(signal: AnchorSignal, count: int) -> AnchorSignal:
+    """The signal of the first ``count`` responses, with the metrics of all."""
+    if count == len(signal.scores):
+        return signal
+    spans = signal.spans
+    own = spans.response_index < count
+    kept = SentenceSpans(spans.response_index[own], spans.token_counts[own], spans.token_sentence[:count], spans.char_spans[:count])
+    return AnchorSignal(signal.logits[own], signal.scores[:count], signal.advantages[:count], kept, signal.metrics)
+
+
 def combine_advantages(task: Tensor, anchor: Tensor, weight: float) -> Tensor:
     """``A_task + lambda A``, for ``combine=advantage``.
 

@@ -78,8 +78,8 @@ class AapaDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Windows of the module in training."""
-        train = self._require("train")
-        return self._module().train_loader(train, self._splits.get("demonstrations", train))
+        self._require("train")
+        return self._module().train_loader(self._splits)
 
     def val_dataloader(self) -> Any:
         """Batches of the validation split; none without one."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aapa_lightning.advantages import task_advantages
-from aapa_lightning.anchor.signal import combine_rewards
+from aapa_lightning.anchor.signal import combine_rewards, first_responses
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.loop.experience import Experience
+from aapa_lightning.loop.experience import Experience, slice_rollouts
 from aapa_lightning.objectives.kl import kl_penalty
 from aapa_lightning.reduce import masked_sum
 from aapa_lightning.rewards.compose import RewardSet
@@ -59,6 +60,7 @@ def collect(
     seed: int,
     window: int,
     rewards: RewardSet | None = None,
+    rewarded: int | None = None,
     anchor: AnchorTerm | None = None,
     anchor_weight: float = 0.0,
     options: AdvantageOptions | None = None,
@@ -74,6 +76,8 @@ def collect(
         seed: seed of the run.
         window: number of the window.
         rewards: the task's rewards; None gives task advantages of 0 (SFT).
+        rewarded: how many of the requests, from the first, the rewards and the guard look at; None for all. The responses to the others
+            have rewards of NaN and task advantages of 0.
         anchor: scores the rollouts and takes the guard's measures, which ``anchor.advance`` acts on; None for none.
         anchor_weight: lambda at the window's first step, used where the anchor is combined with the reward.
         options: advantage options.
@@ -96,23 +100,27 @@ def collect(
         torch.clear_autocast_cache()
         signal = anchor.signal(rollouts, sum_over_ranks=sum_over_ranks) if anchor is not None else None
         loss_mask = rollouts.response_mask & ~(rollouts.truncated[:, None] & options.mask_truncated)
-        columns, weights, metrics = _rewards(rollouts, rewards)
+        rows = slice(0, sum(request.samples for request in requests[:rewarded]))
+        task = slice_rollouts(rollouts, rows)
+        columns, weights, metrics = _rewards(task, rewards)
         if anchor is not None and signal is not None:
             metrics |= {f"anchor/{name}": value for name, value in signal.metrics.items()}
-            task = rewards.total(columns) if rewards is not None else None
-            watched = anchor.observe(rollouts, signal, task, sum_over_ranks=sum_over_ranks)
+            total = rewards.total(columns) if rewards is not None else None
+            watched = anchor.observe(task, first_responses(signal, len(task)), total, sum_over_ranks=sum_over_ranks)
             metrics |= {f"guard/{name}": value for name, value in watched.items()}
-        columns, weights = _shape(columns, weights, rollouts, options, old, reference)
+        width = task.response_ids.shape[1]
+        columns, weights = _shape(columns, weights, task, options, _cut(old, rows, width), _cut(reference, rows, width))
         if anchor is not None and signal is not None and anchor.combine == "reward":
             columns, weights = combine_rewards(columns, weights, signal, anchor_weight)
         advantages, found = task_advantages(
             columns,
             weights,
-            rollouts.group_ids,
+            task.group_ids,
             scale=options.scale,
             aggregation=options.aggregation,
             sum_over_ranks=sum_over_ranks,
         )
+        others = len(rollouts) - len(task)
     # the task's own mean reward stays, without what the anchor or a KL put into it
     metrics = (found if rewards is not None else {}) | metrics
     metrics |= {
@@ -122,14 +130,18 @@ def collect(
     return Experience(
         rollouts=rollouts,
         loss_mask=loss_mask,
-        rewards=columns,
-        advantages=advantages,
+        rewards=nn.functional.pad(columns, (0, 0, 0, others), value=math.nan),
+        advantages=nn.functional.pad(advantages, (0, others)),
         scores=signal.scores if signal else None,
         anchor_advantages=signal.advantages if signal else None,
         old_logprobs=old,
         ref_logprobs=reference,
         metrics=metrics,
     )
+
+
+def _cut(logprobs: Tensor | None, rows: slice, width: int) -> Tensor | None:
+    return None if logprobs is None else logprobs[rows, :width]
 
 
 def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Tensor, dict[str, float]]:

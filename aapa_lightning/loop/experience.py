@@ -19,7 +19,7 @@ class Experience:
     Args:
         rollouts: the responses.
         loss_mask: bool ``[N, L]``, response tokens that are trained on (truncated responses may be left out).
-        rewards: float32 ``[N, R]``, one column per reward.
+        rewards: float32 ``[N, R]``, one column per reward; NaN where the task rewards nothing.
         advantages: float32 ``[N]``, of the task.
         scores: float32 ``[N]``, the anchor's pooled scores, or None without an anchor.
         anchor_advantages: float32 ``[N, L]``, the anchor's, or None.

@@ -18,11 +18,15 @@ class WindowStep:
         window: number of the window.
         micro_step: number inside the window; 0 generates.
         prompts: (slot, record) of the rank's groups.
-        demonstrations: records whose expert response is imitated, for all micro-steps of the window.
+        demonstrations: (slot, record) of what is imitated, for all micro-steps of the window; their slots follow those of the prompts.
     """
 
     def __init__(
-        self, window: int, micro_step: int, prompts: Sequence[tuple[int, Record]] = (), demonstrations: Sequence[Record] = ()
+        self,
+        window: int,
+        micro_step: int,
+        prompts: Sequence[tuple[int, Record]] = (),
+        demonstrations: Sequence[tuple[int, Record]] = (),
     ) -> None:
         self.window = window
         self.micro_step = micro_step
@@ -56,6 +60,7 @@ class WindowLoader:
         self.demonstrations = demonstrations
         self.position = position
         self._slots = plan.prompt_slots(rank)
+        self._places = plan.demonstration_places(rank)
 
     def __len__(self) -> int:
         """Micro-steps of one epoch."""
@@ -80,14 +85,13 @@ class WindowLoader:
 
     def window(self, number: int) -> WindowStep:
         """Micro-step 0 of a window: this rank's records, a pure function of the streams' seeds and ``number``."""
-        base = number * self.plan.prompts
-        prompts = self.prompts
-        demonstrations = self.demonstrations
+        plan, prompts, demonstrations = self.plan, self.prompts, self.demonstrations
+        base, first = number * plan.prompts, number * plan.demonstrations * plan.steps_per_window
         return WindowStep(
             window=number,
             micro_step=0,
             prompts=[(slot, prompts[base + slot]) for slot in self._slots] if prompts is not None else [],
-            demonstrations=[demonstrations[i] for i in self.plan.demonstration_indices(number, self.rank)]
-            if demonstrations is not None and self.plan.demonstrations
+            demonstrations=[(plan.prompts + place, demonstrations[first + place]) for place in self._places]
+            if demonstrations is not None
             else [],
         )

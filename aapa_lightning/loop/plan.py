@@ -21,6 +21,7 @@ class WindowPlan:
         minibatches: optimiser steps of one pass over the window.
         passes: passes over the same rollouts (mu in the GRPO paper).
         demonstrations: demonstrations of one *optimiser step* over all ranks; 0 for none.
+        sample_demonstrations: responses are sampled to the prompts of the demonstrations too, ``samples`` each.
         accumulate: micro-steps of an optimiser step (``accumulate_grad_batches``).
         world_size: number of ranks.
 
@@ -33,12 +34,13 @@ class WindowPlan:
     minibatches: int = 1
     passes: int = 1
     demonstrations: int = 0
+    sample_demonstrations: bool = False
     accumulate: int = 1
     world_size: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name in ("prompts", "demonstrations") else 1
+            least = 0 if name in ("prompts", "demonstrations", "sample_demonstrations") else 1
             if value < least:
                 raise ConfigError(f"{name}: expected at least {least} in a window, found {value}")
         if self.prompts == 0 and self.demonstrations == 0:
@@ -57,6 +59,11 @@ class WindowPlan:
                 f"{divisor} (minibatches={self.minibatches}, devices={self.world_size}, accumulate_grad_batches={self.accumulate}); "
                 f"use {f'{lower} or ' if lower else ''}{lower + divisor}"
             )
+
+    @property
+    def generates(self) -> bool:
+        """Whether responses are sampled at all."""
+        return self.prompts > 0 or (self.sample_demonstrations and self.demonstrations > 0)
 
     @property
     def steps_per_window(self) -> int:
@@ -93,18 +100,28 @@ class WindowPlan:
         start = micro_step % (self.minibatches * self.accumulate) * self.prompts_per_slice
         return slice(start, start + self.prompts_per_slice)
 
-    def demonstration_indices(self, window: int, rank: int) -> list[int]:
-        """Positions in the endless demonstration stream that this rank uses in a window, in the order of its micro-steps."""
-        first = window * self.steps_per_window
+    def demonstration_places(self, rank: int) -> list[int]:
+        """Places (0 .. demonstrations x steps_per_window - 1) that this rank uses in a window, in the order of its micro-steps.
+
+        Place ``k`` of a window is position ``window * demonstrations * steps_per_window + k`` of the endless demonstration stream.
+        """
         per_rank = self.demonstrations // self.world_size
-        return [
-            (first + step) * self.demonstrations + rank * per_rank + i for step in range(self.steps_per_window) for i in range(per_rank)
-        ]
+        return [step * self.demonstrations + rank * per_rank + i for step in range(self.steps_per_window) for i in range(per_rank)]
 
     def demonstration_slice(self, micro_step: int) -> slice:
-        """Which of ``demonstration_indices`` the window's micro-step ``micro_step`` trains on."""
+        """Which of ``demonstration_places`` the window's micro-step ``micro_step`` trains on."""
         start = micro_step * self.demonstrations_per_slice
         return slice(start, start + self.demonstrations_per_slice)
+
+    def prompt_rows(self, micro_step: int) -> slice:
+        """Rows of a rank's rollouts, whole groups, that answer the prompts of a micro-step."""
+        slots = self.prompt_slice(micro_step)
+        return slice(slots.start * self.samples, slots.stop * self.samples)
+
+    def demonstration_rows(self, micro_step: int) -> slice:
+        """Rows of a rank's rollouts that answer the prompts of a micro-step's demonstrations; they come after all prompts'."""
+        places, first = self.demonstration_slice(micro_step), self.prompts // self.world_size
+        return slice((first + places.start) * self.samples, (first + places.stop) * self.samples)
 
     def step_of(self, micro_step: int) -> int:
         """Optimiser step inside the window, 0 .. steps_per_window-1."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aapa_lightning.reduce import StepCounts, aggregate
 from aapa_lightning.types import LossOutputs
@@ -37,6 +37,24 @@ class LossTerm:
     def reduce(self, scale: float) -> Tensor:
         """The term's share of the step's loss, unweighted, times ``scale``."""
         return aggregate(self.outputs.losses, self.mask, self.aggregation, self.counts, self.max_response_tokens, scale=scale)
+
+
+def join_terms(first: LossTerm, second: LossTerm) -> LossTerm:
+    """One term over the rows of two, with one normaliser: the tokens and responses of both.
+
+    Args:
+        first: gives name, aggregation, weight and constants.
+        second: has the same metrics; its rows follow those of ``first``.
+    """
+    width = max(first.mask.shape[1], second.mask.shape[1])
+
+    def stack(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in (a, b)])
+
+    metrics = {name: stack(value, second.outputs.metrics[name]) for name, value in first.outputs.metrics.items()}
+    counts = StepCounts(first.counts.tokens + second.counts.tokens, first.counts.responses + second.counts.responses)
+    outputs = LossOutputs(stack(first.outputs.losses, second.outputs.losses), metrics)
+    return replace(first, outputs=outputs, mask=stack(first.mask, second.mask), counts=counts)
 
 
 def total_loss(terms: Sequence[LossTerm], scale: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.reduce import StepCounts, count_step
 from aapa_lightning.rollout.base import RolloutRequest
-from aapa_lightning.types import Demonstration, Rollouts, SumOverRanks, TokenLossInputs, identity_sum
+from aapa_lightning.types import Record, Rollouts, SumOverRanks, TokenLossInputs, identity_sum
 
 
 @dataclass(slots=True)
@@ -28,58 +28,90 @@ class Window:
         number: which window.
         plan: its sizes.
         experience: rollouts, or None without any.
-        demonstrations: tokenised demonstrations of all its micro-steps.
-        rollout_counts: int64 ``[minibatches, 2]``, tokens and responses of each minibatch over all ranks.
-        demonstration_counts: int64 ``[steps_per_window, 2]``, likewise.
+        demonstrations: tokenised demonstrations (or pairs) of all its micro-steps.
+        rollout_counts: int64 ``[minibatches, 2]``, tokens and responses to the prompts of each minibatch over all ranks.
+        demonstration_counts: int64 ``[steps_per_window, 2]``, of the demonstrations of each optimiser step.
+        sampled_counts: int64 ``[steps_per_window, 2]``, of the responses sampled to the demonstrations' prompts.
     """
 
     number: int
     plan: WindowPlan
     experience: Experience | None
-    demonstrations: list[Demonstration]
+    demonstrations: list[Any]
     rollout_counts: Tensor
     demonstration_counts: Tensor
+    sampled_counts: Tensor
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the rollouts; none without any."""
+        return {} if self.experience is None else self.experience.metrics
 
     def rollouts_of(self, micro_step: int) -> tuple[Experience, StepCounts]:
-        """The slice of a micro-step and the counts of its optimiser step."""
+        """The responses to the prompts of a micro-step and the counts of its optimiser step."""
+        counts = StepCounts.from_tensor(self.rollout_counts[self.plan.minibatch_of(micro_step)])
+        return self._rows(self.plan.prompt_rows(micro_step)), counts
+
+    def sampled_of(self, micro_step: int) -> tuple[Experience, StepCounts]:
+        """The responses sampled to the prompts of a micro-step's demonstrations and the counts of its optimiser step."""
+        counts = StepCounts.from_tensor(self.sampled_counts[self.plan.step_of(micro_step)])
+        return self._rows(self.plan.demonstration_rows(micro_step)), counts
+
+    def _rows(self, rows: slice) -> Experience:
         if self.experience is None:
             raise RuntimeError("this window has no rollouts")
-        rows = group_rows(self.plan, micro_step)
-        return self.experience.rows(rows), StepCounts.from_tensor(self.rollout_counts[self.plan.minibatch_of(micro_step)])
+        return self.experience.rows(rows)
 
-    def demonstrations_of(self, micro_step: int) -> tuple[list[Demonstration], StepCounts]:
+    def demonstrations_of(self, micro_step: int) -> tuple[list[Any], StepCounts]:
         """The demonstrations of a micro-step and the counts of its optimiser step."""
         counts = StepCounts.from_tensor(self.demonstration_counts[self.plan.step_of(micro_step)])
         return self.demonstrations[self.plan.demonstration_slice(micro_step)], counts
 
-
-def group_rows(plan: WindowPlan, micro_step: int) -> slice:
-    """Rows of a rank's experience that a micro-step trains on: whole groups."""
-    slots = plan.prompt_slice(micro_step)
-    return slice(slots.start * plan.samples, slots.stop * plan.samples)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint inside the window needs: tensors and primitives. Demonstrations and records are arithmetic."""
+        return {
+            "number": self.number,
+            "experience": None if self.experience is None else experience_state(self.experience),
+            "rollout_counts": self.rollout_counts.cpu(),
+            "demonstration_counts": self.demonstration_counts.cpu(),
+            "sampled_counts": self.sampled_counts.cpu(),
+        }
 
 
 def open_window(
     number: int,
     plan: WindowPlan,
     experience: Experience | None,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Sequence[Any],
     sum_over_ranks: SumOverRanks = identity_sum,
+    count: Callable[[Sequence[Any]], Tensor] = count_demonstrations,
 ) -> Window:
-    """Count what each optimiser step of the window will divide by, over micro-steps and ranks, in one reduction."""
-    rollout_counts = torch.zeros(plan.minibatches, 2, dtype=torch.int64)
-    demonstration_counts = torch.zeros(plan.steps_per_window, 2, dtype=torch.int64)
+    """Count what each optimiser step of the window will divide by, over micro-steps and ranks, in one reduction.
+
+    ``count`` gives int64 ``[2]``, the tokens and rows of a slice of the demonstrations.
+    """
+    sizes = (plan.minibatches, plan.steps_per_window, plan.steps_per_window)
+    rollout_counts, demonstration_counts, sampled_counts = (torch.zeros(size, 2, dtype=torch.int64) for size in sizes)
     for micro_step in range(plan.micro_steps_per_window):
+        step = plan.step_of(micro_step)
         if experience is not None and micro_step < plan.minibatches * plan.accumulate:
-            rollout_counts[plan.minibatch_of(micro_step)] += count_step(experience.loss_mask[group_rows(plan, micro_step)]).cpu()
-        demonstration_counts[plan.step_of(micro_step)] += count_demonstrations(demonstrations[plan.demonstration_slice(micro_step)])
-    counts = sum_over_ranks(torch.cat([rollout_counts, demonstration_counts]))
-    return Window(number, plan, experience, list(demonstrations), counts[: plan.minibatches], counts[plan.minibatches :])
+            rollout_counts[step] += count_step(experience.loss_mask[plan.prompt_rows(micro_step)]).cpu()
+        if experience is not None and plan.sample_demonstrations:
+            sampled_counts[step] += count_step(experience.loss_mask[plan.demonstration_rows(micro_step)]).cpu()
+        demonstration_counts[step] += count(demonstrations[plan.demonstration_slice(micro_step)])
+    counts = sum_over_ranks(torch.cat([rollout_counts, demonstration_counts, sampled_counts])).split(sizes)
+    return Window(number, plan, experience, list(demonstrations), *counts)
 
 
-def rollout_requests(tokenizer: Any, step: WindowStep, prompt_format: PromptFormat, samples: int) -> list[RolloutRequest]:
-    """Tokenise a window's prompts."""
-    return [RolloutRequest(encode_prompt(tokenizer, record, prompt_format), record, slot, samples) for slot, record in step.prompts]
+def rollout_requests(tokenizer: Any, step: WindowStep, prompt_format: PromptFormat, plan: WindowPlan) -> list[RolloutRequest]:
+    """Tokenise what a window samples responses to, in the order of its rows."""
+    return [
+        RolloutRequest(encode_prompt(tokenizer, record, prompt_format), record, slot, plan.samples) for slot, record in _sampled(step, plan)
+    ]
+
+
+def _sampled(step: WindowStep, plan: WindowPlan) -> list[tuple[int, Record]]:
+    return [*step.prompts, *(step.demonstrations if plan.sample_demonstrations else ())]
 
 
 def policy_inputs(
@@ -140,30 +172,27 @@ def window_logprobs(model: nn.Module, rollouts: Rollouts, plan: WindowPlan, temp
     """
     scored = torch.zeros(rollouts.response_ids.shape, device=rollouts.response_ids.device)
     with torch.no_grad():
-        for micro_step in range(plan.minibatches * plan.accumulate):
-            rows = group_rows(plan, micro_step)
+        for rows in _trained_rows(plan):
             part = slice_rollouts(rollouts, rows)
             logprobs, _ = response_logprobs(model, part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask, temperature)
             scored[rows, : logprobs.shape[1]] = logprobs
     return scored
 
 
-def window_state(window: Window) -> dict[str, Any]:
-    """What a checkpoint inside the window needs: tensors and primitives. Demonstrations and records are arithmetic."""
-    return {
-        "number": window.number,
-        "experience": None if window.experience is None else experience_state(window.experience),
-        "rollout_counts": window.rollout_counts.cpu(),
-        "demonstration_counts": window.demonstration_counts.cpu(),
-    }
+def _trained_rows(plan: WindowPlan) -> Iterator[slice]:
+    if plan.prompts:
+        yield from (plan.prompt_rows(micro_step) for micro_step in range(plan.minibatches * plan.accumulate))
+    if plan.sample_demonstrations:
+        yield from (plan.demonstration_rows(micro_step) for micro_step in range(plan.micro_steps_per_window))
 
 
 def restore_window(
-    state: dict[str, Any], plan: WindowPlan, step: WindowStep, demonstrations: Sequence[Demonstration], device: torch.device
+    state: dict[str, Any], plan: WindowPlan, step: WindowStep, demonstrations: Sequence[Any], device: torch.device
 ) -> Window:
-    """The inverse of ``window_state``, with the records and demonstrations that the loader has found again."""
+    """The inverse of ``Window.state``, with the records and demonstrations that the loader has found again."""
     experience = None
     if state["experience"] is not None:
-        records = [record for _, record in step.prompts for _ in range(plan.samples)]
+        records = [record for _, record in _sampled(step, plan) for _ in range(plan.samples)]
         experience = restore_experience(state["experience"], records, device)
-    return Window(state["number"], plan, experience, list(demonstrations), state["rollout_counts"], state["demonstration_counts"])
+    counts = (state[name] for name in ("rollout_counts", "demonstration_counts", "sampled_counts"))
+    return Window(state["number"], plan, experience, list(demonstrations), *counts)

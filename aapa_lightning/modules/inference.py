@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
-from torch import Tensor
 
 from aapa_lightning.data.encode import OverlongError, encode_demonstration, encode_prompt, end_of_turn_id, fit_lengths
 from aapa_lightning.data.prompt_format import PromptFormat
@@ -193,10 +191,3 @@ class InferenceModule(L.LightningModule):
                 cut = bool(rollouts.truncated[i])
                 rows.append(response_row(record, text, temperature=temperature, sample=i % self.predict_samples, truncated=cut))
         return rows
-
-    def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The ``SumOverRanks`` of the trainer's strategy."""
-        if self.trainer.world_size == 1:
-            return value
-        reduced = self.trainer.strategy.reduce(value.detach().clone().to(self.device), reduce_op="sum")
-        return torch.as_tensor(reduced).to(value.device)

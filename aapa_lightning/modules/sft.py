@@ -12,11 +12,12 @@ from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
-from aapa_lightning.loop.window import Window, policy_inputs
-from aapa_lightning.modules.base import OptimizerFactory, PolicyModule, Records
+from aapa_lightning.loop.window import Window
+from aapa_lightning.modules.base import OptimizerFactory, PolicyModule
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
 from aapa_lightning.policy import PolicySpec
+from aapa_lightning.types import LossOutputs, TokenLossInputs
 
 
 def sft_optimizer(parameters: Iterable) -> Optimizer:
@@ -61,23 +62,18 @@ class SFTModule(PolicyModule):
         self.clip_high = clip_high
 
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
-        """One optimiser step a window; prompts only when anchored."""
+        """One optimiser step a window; responses are sampled only when anchored, to the very prompts that are imitated."""
         if self.anchor is not None:
             self.anchor.check_host(group_size=self.anchor_group_size)
             if self.anchor.combine != "loss":
                 raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and SFT has none; use combine=loss")
         return WindowPlan(
-            prompts=self.batch_size if self.anchor is not None else 0,
             samples=self.anchor_group_size,
             demonstrations=self.batch_size,
+            sample_demonstrations=self.anchor is not None,
             accumulate=accumulate,
             world_size=world_size,
         )
-
-    def training_records(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> tuple[Records, Records]:
-        """The demonstrations twice: when anchored, responses are sampled to the very prompts whose demonstrations are imitated."""
-        fitted = self._fit(demonstrations, demonstrations=True)
-        return fitted, fitted
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """Imitation, and the adversarial term when anchored."""
@@ -85,15 +81,8 @@ class SFTModule(PolicyModule):
         logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
         terms = [LossTerm("sft", sft_loss(logprobs, mask), mask, counts)]
         if self.anchor is not None:
-            terms.append(self._anchor_term(window, micro_step))
+            terms.append(self.sampled_anchor_term(window, micro_step, self._surrogate))
         return terms
 
-    def _anchor_term(self, window: Window, micro_step: int) -> LossTerm:
-        experience, counts = window.rollouts_of(micro_step)
-        if experience.anchor_advantages is None:
-            raise RuntimeError("the window was collected without an anchor")
-        weight = self.anchor_weight()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            inputs = policy_inputs(self.model, experience, experience.anchor_advantages, self.sampling.temperature)
-            outputs = clipped_surrogate(inputs, clip_low=self.clip_low, clip_high=self.clip_high)
-        return LossTerm("anchor", outputs, experience.loss_mask, counts, weight=weight)
+    def _surrogate(self, inputs: TokenLossInputs) -> LossOutputs:
+        return clipped_surrogate(inputs, clip_low=self.clip_low, clip_high=self.clip_high)

@@ -13,8 +13,8 @@ RECORDS = [Record(f"prompt {i}", (f"expert {i}",)) for i in range(10)]
 class FakeModule:
     """Says what it was given."""
 
-    def train_loader(self, prompts, demonstrations):
-        return "train", prompts, demonstrations
+    def train_loader(self, splits):
+        return "train", splits["train"], splits.get("demonstrations")
 
     def eval_loader(self, records):
         return "eval", records
@@ -32,9 +32,9 @@ def write(path, rows) -> str:
     return str(path)
 
 
-def test_records_are_used_as_they_are_and_demonstrated_unless_told_otherwise() -> None:
+def test_records_are_used_as_they_are() -> None:
     data = attached(RECORDS)
-    assert data.train_dataloader() == ("train", RECORDS, RECORDS)
+    assert data.train_dataloader() == ("train", RECORDS, None)
     data = attached(RECORDS, demonstrations=RECORDS[:2], val=RECORDS[2:4], test=RECORDS[4:6])
     assert data.train_dataloader() == ("train", RECORDS, RECORDS[:2])
     assert data.val_dataloader() == ("eval", RECORDS[2:4])
@@ -63,7 +63,7 @@ def test_a_fraction_is_held_out_of_training_only() -> None:
     data = attached(RECORDS, val_fraction=0.3)
     _, train, demonstrations = data.train_dataloader()
     _, val = data.val_dataloader()
-    assert demonstrations == train
+    assert demonstrations is None
     assert len(val) == 3
     assert sorted(record.prompt for record in [*train, *val]) == sorted(record.prompt for record in RECORDS)
     same, other = (attached(RECORDS, val_fraction=0.3, seed=seed).val_dataloader()[1] for seed in (0, 1))

@@ -24,7 +24,7 @@ def content(step: WindowStep) -> tuple:
         step.window,
         step.micro_step,
         tuple((slot, record.prompt) for slot, record in step.prompts),
-        tuple(record.prompt for record in step.demonstrations),
+        tuple((slot, record.prompt) for slot, record in step.demonstrations),
     )
 
 
@@ -84,10 +84,11 @@ def test_ranks_share_a_window() -> None:
         plan = WindowPlan(prompts=8, minibatches=2, demonstrations=4, accumulate=accumulate, world_size=world_size)
         steps = [loader(plan, rank).window(number) for rank in range(world_size)]
         prompts = [(slot, record.prompt) for step in steps for slot, record in step.prompts]
-        demonstrations = [record.prompt for step in steps for record in step.demonstrations]
+        demonstrations = [(slot, record.prompt) for step in steps for slot, record in step.demonstrations]
         assert len(prompts) == 8
         assert len(demonstrations) == 8
-        return set(prompts) | {(prompt, demonstrations.count(prompt)) for prompt in demonstrations}
+        assert sorted(slot for slot, _ in prompts + demonstrations) == list(range(16))
+        return set(prompts + demonstrations)
 
     for number in range(4):
         assert union(4, 1, number) == union(2, 2, number) == union(1, 4, number)

@@ -27,7 +27,8 @@ def trained(plan: WindowPlan, rank: int, micro_step: int) -> list[int]:
 
 
 def imitated(plan: WindowPlan, window: int, rank: int, micro_step: int) -> list[int]:
-    return plan.demonstration_indices(window, rank)[plan.demonstration_slice(micro_step)]
+    first = window * plan.demonstrations * plan.steps_per_window
+    return [first + place for place in plan.demonstration_places(rank)[plan.demonstration_slice(micro_step)]]
 
 
 @given(plans())

@@ -5,7 +5,7 @@ from aapa_lightning.data.encode import PromptFormat, encode_prompt
 from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
-from aapa_lightning.loop.window import open_window, policy_inputs, restore_window, rollout_requests, window_state
+from aapa_lightning.loop.window import open_window, policy_inputs, restore_window, rollout_requests
 from aapa_lightning.reduce import StepCounts
 from aapa_lightning.types import Demonstration, Record
 
@@ -74,7 +74,7 @@ def test_a_window_without_rollouts(make_rollouts) -> None:
 
 
 def test_state_survives_a_checkpoint(window, tmp_path) -> None:
-    torch.save(window_state(window), tmp_path / "w.ckpt")
+    torch.save(window.state(), tmp_path / "w.ckpt")
     state = torch.load(tmp_path / "w.ckpt", weights_only=True)
     records = window.experience.rollouts.records
     step = WindowStep(5, 3, list(enumerate(records[::2])), [])
@@ -91,7 +91,8 @@ def test_state_survives_a_checkpoint(window, tmp_path) -> None:
 
 def test_requests_carry_slot_record_and_tokens(tiny_tokenizer) -> None:
     records = [Record("abc"), Record("def")]
-    requests = rollout_requests(tiny_tokenizer, WindowStep(0, 0, [(4, records[0]), (7, records[1])]), PromptFormat(), 3)
+    step, plan = WindowStep(0, 0, [(4, records[0]), (7, records[1])]), WindowPlan(prompts=2, samples=3)
+    requests = rollout_requests(tiny_tokenizer, step, PromptFormat(), plan)
     assert [(request.slot, request.record, request.samples) for request in requests] == [(4, records[0], 3), (7, records[1], 3)]
     assert [request.prompt_ids for request in requests] == [encode_prompt(tiny_tokenizer, record, PromptFormat()) for record in records]
 

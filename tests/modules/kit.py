@@ -19,13 +19,14 @@ from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.modules.chord import CHORDModule
 from aapa_lightning.modules.grpo import GRPOModule
 from aapa_lightning.modules.sft import SFTModule
+from aapa_lightning.modules.uniapl import UniAPLModule
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.types import Record
 
 warnings.filterwarnings("ignore", module="lightning")
-MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule}
+MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule, "uniapl": UniAPLModule}
 
 
 def make_records(count: int = 12) -> list[Record]:
@@ -132,6 +133,7 @@ def make_module(name: str, spec: PolicySpec, *, sgd: bool = False, **options):
         "sft": {"batch_size": 4, "anchor_group_size": 2},
         "grpo": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()]},
         "chord": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "expert_batch_size": 4, "mu_peak": 0.4},
+        "uniapl": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "demonstrations_per_step": 4},
     }
     return MODULES[name](spec, **(common | own[name] | options))
 
@@ -158,9 +160,9 @@ def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logg
     )
 
 
-def fit(module, trainer: L.Trainer, data=None, *, val=None, ckpt=None):
+def fit(module, trainer: L.Trainer, data=None, *, demonstrations=None, val=None, ckpt=None):
     """Train and return the module."""
-    trainer.fit(module, AapaDataModule(make_records() if data is None else data, val=val), ckpt_path=ckpt)
+    trainer.fit(module, AapaDataModule(make_records() if data is None else data, demonstrations=demonstrations, val=val), ckpt_path=ckpt)
     return module
 
 

@@ -18,7 +18,7 @@ def test_rollouts_answer_the_prompts_that_are_imitated(kit, spec, accumulate):
     plain = module.loss_terms
 
     def watched(window, micro_step):
-        experience, _ = window.rollouts_of(micro_step)
+        experience, _ = window.sampled_of(micro_step)
         rows, _ = window.demonstrations_of(micro_step)
         pairs.append(([record.prompt for record in experience.rollouts.records[::2]], [row.record.prompt for row in rows]))
         return plain(window, micro_step)

@@ -1,0 +1,70 @@
+"""UniAPL: imitation, reinforcement and the adversarial anchor in one gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from aapa_lightning.anchor.schedule import Schedule, as_schedule
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.loop.demonstrations import demonstration_logprobs
+from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.terms import LossTerm, join_terms
+from aapa_lightning.loop.window import Window
+from aapa_lightning.modules.grpo import GRPOModule
+from aapa_lightning.objectives.sft import sft_loss
+from aapa_lightning.policy import PolicySpec
+
+
+class UniAPLModule(GRPOModule):
+    r"""Single-stage preference learning: ``L_SFT + w L_GRPO + lambda L_adv`` over a mixed batch (arXiv 2509.25148, version 1).
+
+    Every optimiser step draws demonstrations and prompts from two datasets of their own sizes (``data.demonstrations`` and ``data.train``).
+    Each part has its own normaliser: imitation the tokens of the step's demonstrations, GRPO those of the rollouts to its prompts, the
+    adversarial term (with an ``AnchorCallback``; lambda is its weight) those of the rollouts to the prompts of *both*. Without an anchor
+    no responses are sampled to the demonstrations. The guard and the rewards look at the prompts of ``train`` alone.
+
+    Without ``demonstrations_per_step`` it is GRPO times w; with w = 0 and no anchor it is SFT, on the same steps bit for bit.
+
+    Args:
+        policy: which model to train.
+        demonstrations_per_step: demonstrations of an optimiser step, over all devices and accumulated micro-steps; 0 for none.
+        rl_weight: w, a number or a schedule of ``aapa_lightning.anchor.schedule``; at 0 rollouts are still drawn, rewarded and logged.
+        **kwargs: see ``GRPOModule``.
+    """
+
+    needs_experts = "UniAPL imitates expert responses"
+
+    def __init__(self, policy: PolicySpec, *, demonstrations_per_step: int = 16, rl_weight: float | Schedule = 1.0, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
+        self.demonstrations_per_step = demonstrations_per_step
+        self.rl_weight = as_schedule(rl_weight)
+        if self.rl_weight.adapts:
+            raise ConfigError("rl_weight: expected a number or a schedule of the step alone; Adaptive is for the anchor's weight")
+
+    def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
+        """GRPO's windows with demonstrations in every step, to which responses are sampled only when anchored."""
+        plan = super().make_plan(accumulate, world_size)
+        if self.anchor is not None and self.anchor.combine != "loss":
+            raise ConfigError(
+                f"anchor: combine={self.anchor.combine} joins a reward, and the demonstrations of UniAPL have none; use combine=loss"
+            )
+        sampled = self.anchor is not None and self.demonstrations_per_step > 0
+        return replace(plan, demonstrations=self.demonstrations_per_step, sample_demonstrations=sampled)
+
+    def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
+        """Imitation, GRPO's terms, and the adversarial term over the rollouts of both."""
+        weight = self.rl_weight.weight(self.global_step)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (weight != 0 or self.anchor_weight() != 0)):
+            terms = self.policy_terms(window, micro_step, weight)
+        if not self.demonstrations_per_step:
+            return terms
+        rows, counts = window.demonstrations_of(micro_step)
+        logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
+        terms.insert(0, LossTerm("sft", sft_loss(logprobs, mask), mask, counts))
+        if self.anchor is not None:
+            sampled = self.sampled_anchor_term(window, micro_step, self._surrogate)
+            terms[-1] = join_terms(terms[-1], sampled)
+        return terms

@@ -1,0 +1,262 @@
+"""The window loop inside Lightning's automatic optimisation: what every module in training shares, policy or not."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.loop.loader import WindowLoader, WindowStep
+from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.stream import RecordStream
+from aapa_lightning.loop.terms import LossTerm, total_loss
+from aapa_lightning.modules.checkpointing import check_plan, gather_over_ranks, rescale_progress, rewind_progress
+from aapa_lightning.modules.meter import StepMeter
+from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
+from aapa_lightning.modules.term_norms import TermNorms
+from aapa_lightning.seeds import seed_everything
+from aapa_lightning.types import Record
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+Records = Sequence[Record]
+
+
+def default_optimizer(parameters: Iterable) -> Optimizer:
+    """AdamW at 1e-6 without weight decay: a start for policy gradients on a pretrained model."""
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+
+
+class OpenWindow(Protocol):
+    """What the loop asks of a window."""
+
+    number: int
+    plan: WindowPlan
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Scalars to log at each of its steps, means over this rank's rows."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint inside the window needs: tensors and primitives."""
+        ...
+
+
+class WindowedModule(L.LightningModule):
+    """Trains over windows. A subclass says what a window holds (``make_plan``, ``open``) and what its loss is (``loss_terms``).
+
+    Args:
+        optimizer: from parameters to an optimiser.
+        lr_scheduler: from an optimiser to a scheduler, stepped once per optimiser step.
+        max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
+        term_norms_every: optimiser steps between those at which the gradient norm of every term of the loss is logged, weight included;
+            0 for never. Such a step costs one more backward pass, and a copy of the gradients, for each term.
+    """
+
+    #: Seed of data order and of everything drawn in a step.
+    seed: int
+
+    def __init__(
+        self,
+        *args: Any,
+        optimizer: OptimizerFactory = default_optimizer,
+        lr_scheduler: SchedulerFactory | None = None,
+        max_skipped_steps: int = 10,
+        term_norms_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.plan: WindowPlan | None = None
+        self.skipped = SkipCounter(max_skipped_steps)
+        self._term_norms = TermNorms(term_norms_every)
+        self._window: Any = None
+        self._restored: dict[str, Any] | None = None
+        self._meter = StepMeter()
+        self._losses_finite = True
+
+    @abstractmethod
+    def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
+        """Sizes of a window on ``world_size`` ranks with ``accumulate`` micro-steps per optimiser step."""
+
+    @abstractmethod
+    def open(self, step: WindowStep, plan: WindowPlan) -> OpenWindow:
+        """Make this rank's share of a window."""
+
+    @abstractmethod
+    def loss_terms(self, window: Any, micro_step: int) -> list[LossTerm]:
+        """The loss of one micro-step, unreduced."""
+
+    def restore(self, state: dict[str, Any], step: WindowStep, plan: WindowPlan) -> OpenWindow:
+        """Make this rank's share of a window that was left in the middle, from what ``OpenWindow.state`` gave."""
+        raise NotImplementedError
+
+    def step_metrics(self) -> dict[str, float]:
+        """Scalars of the optimiser step beside those of its terms and window, the same on all ranks."""
+        return {}
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The ``SumOverRanks`` of the trainer's strategy."""
+        if self.trainer.world_size == 1:
+            return value
+        reduced = self.trainer.strategy.reduce(value.detach().clone().to(self.device), reduce_op="sum")
+        return torch.as_tensor(reduced).to(value.device)
+
+    def gather_over_ranks(self, value: Tensor) -> Tensor:
+        """The ``GatherOverRanks`` of the trainer's strategy."""
+        value = value.detach()
+        return value if self.trainer.world_size == 1 else torch.as_tensor(self.all_gather(value)).flatten()
+
+    def configure_optimizers(self) -> Any:
+        """The factory's optimiser over the trainable parameters, and the scheduler per step."""
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+            scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+        except ValueError as error:  # their way to refuse an argument
+            raise ConfigError(f"model: optimizer or lr_scheduler: {error}") from error
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Data ----------------------------------------------------------------------------------------------------------------------------
+
+    def window_loader(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> WindowLoader:
+        """Build the loader of this rank's windows over checked records, and check the run's numbers.
+
+        Raises:
+            ConfigError: numbers that do not divide, or what a resume refuses.
+        """
+        trainer = self.trainer
+        self.plan = plan
+        loader = WindowLoader(
+            plan,
+            trainer.global_rank,
+            prompts=RecordStream(prompts, self.seed) if plan.prompts else None,
+            demonstrations=RecordStream(demonstrations, self.seed) if plan.demonstrations else None,
+            position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
+        )
+        self._check_trainer(plan, len(loader))
+        return loader
+
+    def _check_trainer(self, plan: WindowPlan, epoch: int) -> None:
+        trainer: Any = self.trainer  # typed as Fabric's shim or the Trainer, which alone has what follows
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise ConfigError("GradientAccumulationScheduler changes the window plan during the run; set accumulate_grad_batches instead")
+        limit = trainer.limit_train_batches
+        batches = min(limit, epoch) if isinstance(limit, int) else int(limit * epoch)
+        if batches % plan.accumulate and not trainer.fast_dev_run:
+            raise ConfigError(
+                f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}: it leaves {batches} "
+                "micro-steps an epoch"
+            )
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+            raise ConfigError(
+                f"val_check_interval={interval} micro-steps is more than the {batches} of an epoch; lower it, or set "
+                "check_val_every_n_epoch to null to count over epochs"
+            )
+        if self._restored is not None:
+            position = trainer.global_step * plan.accumulate
+            check_plan(self._restored["plan"], plan, inside_window=plan.locate(position)[1] != 0)
+
+    # Training ------------------------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Forget what an earlier fit left behind."""
+        if not isinstance(self.trainer.train_dataloader, WindowLoader) or self.plan is None:
+            raise ConfigError(
+                f"{type(self).__name__}: expected the training loader that its method train_loader builds, found "
+                f"{type(self.trainer.train_dataloader).__name__}; train with AapaDataModule, or a datamodule that calls train_loader"
+            )
+        self._window = None
+        self._meter = StepMeter()
+        self._losses_finite = True
+
+    def training_step(self, batch: WindowStep, batch_idx: int) -> Tensor:
+        """One micro-step: open the window if need be, then the loss of its slice."""
+        if self._window is None or self._window.number != batch.window:
+            self._window = self._open(batch)
+        # rollouts, validation or a resume in between must not change what happens next
+        seed_everything("step", self.seed, batch.window, batch.micro_step, self.global_rank)
+        plan = self._window.plan
+        scale = float(plan.accumulate * plan.world_size)
+        terms = self.loss_terms(self._window, batch.micro_step)
+        loss, values = total_loss(terms, scale)
+        if self._term_norms.due(self.trainer.global_step):
+            self._term_norms.add(terms, scale, [p for p in self.parameters() if p.requires_grad])
+        self._meter.add_terms(terms, values, loss)
+        self._losses_finite = self._losses_finite and bool(torch.isfinite(loss))
+        return loss
+
+    def _open(self, step: WindowStep) -> OpenWindow:
+        plan = self.plan
+        if plan is None:
+            raise RuntimeError("train_loader was not called")
+        restored, self._restored = self._restored, None
+        if restored is not None and step.micro_step > 0:
+            state = restored["window"]
+            if state is not None and state[self.global_rank]["number"] == step.window:
+                return self.restore(state[self.global_rank], step, plan)
+            raise ConfigError(
+                f"resume: the checkpoint lies inside window {step.window} but does not hold its rollouts (it was saved while an exception "
+                "was under way); resume from an earlier checkpoint"
+            )
+        return self.open(step, plan)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the step out on all ranks if it is not finite on one, and log the step."""
+        norm = gradient_norm(self.parameters())
+        healthy = norm if self._losses_finite else norm * float("nan")
+        finite = all_finite(healthy, self.sum_over_ranks)
+        if not finite:
+            for parameter in self.parameters():
+                parameter.grad = None
+        self._losses_finite = True
+        # at every step of the window: a row holds the same columns whether or not the run was resumed just before it
+        if self._window is not None:
+            self._meter.add_means(self._window.metrics)
+        metrics = self._meter.compute(self.sum_over_ranks, self.device)
+        metrics |= {"grad_norm": float(norm), "skipped_steps": float(self.skipped.total + (not finite))}
+        metrics |= self._term_norms.compute(self.sum_over_ranks) | self.step_metrics()
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()})  # of all ranks already
+        self.skipped.record(finite, f"step {self.global_step} (window {self._window.number if self._window else 0})")
+
+    @property
+    def window(self) -> Any:
+        """The open window of this rank."""
+        return self._window
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What ``aapa export`` needs beside the weights."""
+        return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the module's description and, inside a window, every rank's share of it."""
+        plan = self.plan
+        state: dict[str, Any] = {**self.describe(), "skipped": self.skipped.state_dict()}
+        if plan is not None:
+            rewind_progress(checkpoint, plan.accumulate)
+            inside = plan.locate(checkpoint["global_step"] * plan.accumulate)[1] != 0
+            failing = sys.exc_info()[0] is not None  # the other ranks may not come here: do not gather
+            window = self._window.state() if inside and not failing and self._window is not None else None
+            state |= {"plan": plan.fingerprint(), "window": gather_over_ranks(window) if inside and not failing else None}
+        checkpoint["aapa"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next training step needs."""
+        state = checkpoint.get("aapa", {})
+        if "plan" in state:
+            rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
+            self._restored = {"plan": state["plan"], "window": state["window"]}
+            self.skipped.load_state_dict(state["skipped"])
