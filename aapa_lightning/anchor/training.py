@@ -19,6 +19,8 @@ from aapa_lightning.data.records import prompt_hash
 
 #: Least and largest temperature.
 TEMPERATURES = (0.05, 20.0)
+#: Offsets and temperature depend on each other a little; each pass fits one after the other.
+CALIBRATION_PASSES = 6
 
 
 @dataclass(slots=True)
@@ -123,12 +125,36 @@ def response_weights(labels: Tensor, folds: Tensor, count: int) -> Tensor:
     Returns:
         float32 ``[K, N]``, mean 1 over ``N`` for each head that has both classes.
     """
-    used = torch.ones(1, len(labels)) if count == 1 else (folds[None] != torch.arange(count)[:, None]).float()
+    used = _outside(folds, count)
     out = torch.zeros_like(used)
     for side in (labels, ~labels):
         share = used * side
         out += share * len(labels) / (2 * share.sum(1, keepdim=True).clamp_min(1))
     return out
+
+
+def prompt_weights(labels: Tensor, groups: Tensor, folds: Tensor, count: int) -> Tensor:
+    """Weight of each response's prompt for each head: prompts with a pair weigh the same, a head's own fold and the rest nothing.
+
+    Args:
+        labels: bool ``[N]``.
+        groups: int64 ``[N]``, number of the prompt.
+        folds: int64 ``[N]``.
+        count: number of folds ``K``; 1 trains on everything.
+
+    Returns:
+        float32 ``[K, N]``, mean 1 over the prompts with a pair for each head that has any.
+    """
+    sides = [torch.bincount(groups[side], minlength=int(groups.max()) + 1) for side in (labels, ~labels)]
+    paired = (sides[0] * sides[1] > 0)[groups]
+    out = _outside(folds, count) * paired
+    share = 1.0 / (sides[0] + sides[1])[groups]
+    return out * (share * paired).sum() / (out * share).sum(1, keepdim=True).clamp_min(1)
+
+
+def _outside(folds: Tensor, count: int) -> Tensor:
+    """1 where head k trains on a response, 0 in its own fold: float32 ``[K, N]``."""
+    return torch.ones(1, len(folds)) if count == 1 else (folds[None] != torch.arange(count)[:, None]).float()
 
 
 def discriminator_loss(logits: Tensor, place: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -150,6 +176,92 @@ def discriminator_loss(logits: Tensor, place: Tensor, labels: Tensor, weights: T
     losses = functional.binary_cross_entropy_with_logits(logits, targets[place].expand_as(logits), reduction="none")
     counts = torch.bincount(place, minlength=len(labels)).clamp_min(1)
     return (losses * (weights / counts)[:, place]).sum() / weights.numel()
+
+
+def bradley_terry_loss(logits: Tensor, place: Tensor, labels: Tensor, groups: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Bradley-Terry: for every prompt, an expert's response should beat each of the other responses to it.
+
+    ``L = (1 / K P) sum_k sum_p w_kp mean_{(i, j) in p} -log sigma(l_ki - l_kj)``, i an expert's response and j another one, l the mean
+    logit of a response's sentences. Whatever all responses to a prompt have in common cancels, the head's bias too.
+
+    Args:
+        logits: ``[K, S]``.
+        place: int64 ``[S]``, the sentence's response in the batch; responses without a sentence form no pair.
+        labels: bool ``[B]``.
+        groups: int64 ``[B]``, number of the prompt; a batch holds all responses to the prompts in it.
+        weights: ``[K, B]``, of each response's prompt.
+        smoothing: label smoothing in [0, 1).
+
+    Returns:
+        Scalar in nats, float32 at least; ``P`` counts the prompts with a pair. A zero with a graph when there is none.
+
+    Reference:
+        Ye et al. 2025, Black-Box On-Policy Distillation of Large Language Models, arXiv 2511.10643, whose pairs hold one expert response.
+    """
+    counts = torch.bincount(place, minlength=len(labels))
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    means = exact.new_zeros(len(logits), len(labels)).index_add(1, place, exact) / counts.clamp_min(1)
+    seen = counts > 0
+    ours, theirs = torch.nonzero((labels & seen)[:, None] & (~labels & seen) & (groups[:, None] == groups), as_tuple=True)
+    _, prompts, pairs = groups[ours].unique(return_inverse=True, return_counts=True)
+    gaps = means[:, ours] - means[:, theirs]
+    losses = functional.binary_cross_entropy_with_logits(gaps, torch.full_like(gaps, 1 - smoothing / 2), reduction="none")
+    return (losses * weights[:, ours] / pairs[prompts]).sum() / (len(logits) * max(len(pairs), 1))
+
+
+def fit_offset(logits: Tensor, place: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+    """Offset b at which ``sigma((l - b) / T)`` is one half on average, with both classes weighing the same, and responses in a class.
+
+    Pairs leave the offset of a logit open, but transforms such as ``gan_ns`` read it as log-odds at equal prior.
+
+    Args:
+        logits: ``[S]``.
+        place: int64 ``[S]``, each sentence's response.
+        labels: bool ``[N]``; responses without a sentence do not count.
+        temperature: T.
+
+    Returns:
+        b; 0 when a class is missing.
+    """
+    counts = torch.bincount(place, minlength=len(labels))
+    sides = [(labels == side) & (counts > 0) for side in (False, True)]
+    if not all(bool(side.any()) for side in sides):
+        return 0.0
+    weights = (sum(side.double() / side.sum() for side in sides) / counts.clamp_min(1))[place]
+    exact = logits.double()
+    low, high = float(exact.min()), float(exact.max())
+    for _ in range(60):  # the mean falls in b
+        middle = (low + high) / 2
+        above = float((weights * torch.sigmoid((exact - middle) / temperature)).sum()) > 1
+        low, high = (middle, high) if above else (low, middle)
+    return (low + high) / 2
+
+
+def calibrate(
+    logits: Tensor, heads: Tensor, count: int, place: Tensor, labels: Tensor, *, offset: bool, scale: bool
+) -> tuple[Tensor, float]:
+    """Offset of each head and the temperature of all at which ``(l - b) / T`` is log-odds at equal prior.
+
+    Args:
+        logits: ``[S]``, each by a head that was not trained on the prompt.
+        heads: int64 ``[S]``, which head.
+        count: number of heads ``K``.
+        place: int64 ``[S]``, each sentence's response.
+        labels: bool ``[N]``.
+        offset: fit the offsets; otherwise they are 0.
+        scale: fit the temperature; otherwise it is 1.
+
+    Returns:
+        float64 ``[K]``, 0 for a head without sentences of both classes; and T.
+    """
+    offsets, temperature = torch.zeros(count, dtype=torch.float64), 1.0
+    for _ in range(CALIBRATION_PASSES if offset and scale else 1):
+        for k in range(count if offset else 0):
+            mine = heads == k
+            offsets[k] = fit_offset(logits[mine], place[mine], labels, temperature)
+        if scale:
+            temperature = fit_temperature(logits - offsets[heads], place, labels)
+    return offsets, temperature
 
 
 def fit_temperature(logits: Tensor, place: Tensor, labels: Tensor) -> float:

@@ -13,28 +13,44 @@ from torch import Tensor
 from typing_extensions import override
 
 from aapa_lightning.anchor.context import Encoding
+from aapa_lightning.anchor.continued import continued_head
 from aapa_lightning.anchor.encoder import FrozenEncoder
 from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen
-from aapa_lightning.anchor.training import EncodedExamples, discriminator_loss, encode_examples, fit_temperature, response_weights
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.anchor.training import (
+    EncodedExamples,
+    bradley_terry_loss,
+    calibrate,
+    discriminator_loss,
+    encode_examples,
+    prompt_weights,
+    response_weights,
+)
+from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.metrics.functional.discrimination import Judged, calibration_error, discrimination
 from aapa_lightning.modules.discriminator_data import DiscriminatorData
 
 #: Share of the training sentences that score below the floor given to responses of which nothing is seen.
 FLOOR_QUANTILE = 0.01
+#: The held-out figure that chooses the epoch, for each loss: pairs do not train the order of responses to different prompts.
+SELECTED_BY = {"cross_entropy": "sentence_auroc", "bradley_terry": "paired_accuracy"}
 
 
 class DiscriminatorModule(LightningModule):
     """Trains a head that tells expert sentences from others, on embeddings of a frozen encoder computed once.
 
-    Binary cross-entropy; classes weigh the same, and so do responses. After ``fit`` the head is the one of the epoch with the best
-    held-out sentence AUROC (``select=best``), its temperature is fitted to logits on prompts that it was not trained on (those that
-    cross-fitting left out, or else the held-out split; without either, or with ``calibrate=False``, it stays 1), and ``export`` writes the
-    discriminator's folder.
+    Binary cross-entropy, in which classes weigh the same, and so do responses; or Bradley-Terry over the pairs of an expert's and another
+    response to one prompt, in which prompts weigh the same. After ``fit`` the head is the one of the epoch with the best held-out sentence
+    AUROC or, for Bradley-Terry, paired accuracy (``select=best``), its temperature is fitted to logits on prompts that it was not trained
+    on (those that cross-fitting left out, or else the held-out split; without either, or with ``calibrate=False``, it stays 1), and
+    ``export`` writes the discriminator's folder. Pairs leave the offset of the logits open: it is fitted to the same prompts (without any,
+    to those of training) whatever ``calibrate`` says, so that logits are read as log-odds at equal prior after either loss.
 
     Args:
         encoder: folder or Hub name: any encoder, or a causal language model such as an exported policy.
+        loss: ``cross_entropy`` or ``bradley_terry``.
+        start: folder of a discriminator with the same encoder, encoding, features, folds and hidden units; its head is trained on, with
+            its scale of the features. None starts from ``seed``.
         features: ``sentence``, ``response`` (mean of the response), ``reference`` (best-matching sentence of another expert response; needs
             two expert responses for a prompt).
         hidden_units: width of the head's hidden layer; 0 for a linear head.
@@ -69,6 +85,8 @@ class DiscriminatorModule(LightningModule):
         seed: int = 0,
         resamples: int = 200,
         trust_remote_code: bool = False,
+        loss: Literal["cross_entropy", "bradley_terry"] = "cross_entropy",
+        start: str | None = None,
     ) -> None:
         super().__init__()
         feature_size(features, 1)
@@ -77,6 +95,7 @@ class DiscriminatorModule(LightningModule):
                 "expected folds >= 1, label_smoothing and dropout in [0, 1), hidden_units >= 0 and lr > 0, found "
                 f"{folds}, {label_smoothing}, {dropout}, {hidden_units} and {lr}"
             )
+        self.loss, self.start, self._selected_by = loss, start, choose(SELECTED_BY, loss, "loss")
         self.encoder_path, self.features, self.encoding = encoder, tuple(features), encoding
         self.hidden_units, self.dropout, self.folds, self.seed = hidden_units, dropout, folds, seed
         self.lr, self.weight_decay, self.label_smoothing = lr, weight_decay, label_smoothing
@@ -93,8 +112,7 @@ class DiscriminatorModule(LightningModule):
         device = self.trainer.strategy.root_device
         if self.frozen is None:
             self.frozen = FrozenEncoder(self.encoder_path, self.encoding, trust_remote_code=self.trust_remote_code)
-            columns = feature_size(self.features, self.frozen.hidden_size)
-            self.head = StackedHead(self.folds, columns, self.hidden_units, self.dropout, self.seed)
+            self.head = self._initial_head(self.frozen)
         self.frozen.to(device)
         for split in data.examples.keys() - self.encoded.keys():
             self.encoded[split] = encode_examples(
@@ -103,8 +121,20 @@ class DiscriminatorModule(LightningModule):
         if stage == "fit":
             train = self.encoded["train"]
             self.head.temperature.fill_(1.0)
-            self.head.fit_scale(train.features[train.seen])
-            self._weights = response_weights(train.labels, train.folds, self.folds)
+            if self.start is None:
+                self.head.fit_scale(train.features[train.seen])
+            data.whole_prompts = self.loss == "bradley_terry"
+            if data.whole_prompts:
+                self._weights = prompt_weights(train.labels, train.groups, train.folds, self.folds)
+            else:
+                self._weights = response_weights(train.labels, train.folds, self.folds)
+
+    def _initial_head(self, frozen: FrozenEncoder) -> StackedHead:
+        if self.start is None:
+            return StackedHead(self.folds, feature_size(self.features, frozen.hidden_size), self.hidden_units, self.dropout, self.seed)
+        head = continued_head(self.start, frozen, self.features, self.folds, self.hidden_units)
+        head.dropout = self.dropout
+        return head
 
     def _data(self) -> DiscriminatorData:
         data = getattr(self.trainer, "datamodule", None)
@@ -124,13 +154,13 @@ class DiscriminatorModule(LightningModule):
         examples = self.encoded["train"]
         responses = batch.cpu()
         rows, place = examples.sentences_of(responses)
-        loss = discriminator_loss(
-            self.head(examples.features[rows].to(self.device)),
-            place.to(self.device),
-            examples.labels[responses].to(self.device),
-            self._weights[:, responses].to(self.device),
-            self.label_smoothing,
-        )
+        logits, place = self.head(examples.features[rows].to(self.device)), place.to(self.device)
+        labels, weights = examples.labels[responses].to(self.device), self._weights[:, responses].to(self.device)
+        if self.loss == "bradley_terry":
+            groups = examples.groups[responses].to(self.device)
+            loss = bradley_terry_loss(logits, place, labels, groups, weights, self.label_smoothing)
+        else:
+            loss = discriminator_loss(logits, place, labels, weights, self.label_smoothing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(responses))
         return loss
 
@@ -138,8 +168,8 @@ class DiscriminatorModule(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         figures = self._measure("val", resamples=0)
         self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=len(batch))
-        score = figures.get("sentence_auroc", 0.0)
-        if not self.trainer.sanity_checking and (self._best is None or score > self._best["score"]):
+        score = figures.get(self._selected_by)
+        if score is not None and not self.trainer.sanity_checking and (self._best is None or score > self._best["score"]):
             state = {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
             self._best = {"score": score, "epoch": self.current_epoch, "head": state}
 
@@ -160,18 +190,25 @@ class DiscriminatorModule(LightningModule):
             rank_zero_info(report(self.metrics))
 
     def _calibrate(self) -> dict[str, float]:
-        """Set the temperature; its value, and the calibration error before and after on the logits that it was fitted to."""
+        """Set offset and temperature; the latter, and the calibration error before and after it on the logits that it was fitted to."""
         self.head.temperature.fill_(1.0)
-        split = "train" if self.folds > 1 else "val"
-        if not self.calibrate or split not in self.encoded:
+        held_out = "train" if self.folds > 1 else "val"
+        offset, scale = self.loss == "bradley_terry", self.calibrate and held_out in self.encoded
+        if not (offset or scale):
             return {}
+        split = held_out if held_out in self.encoded else "train"
         examples = self.encoded[split]
         rows, place = examples.sentences_of(torch.arange(len(examples)))
-        logits = self._logits(split).cpu()
-        logits = (examples.held_out(logits) if self.folds > 1 else logits[0])[rows]
-        self.head.temperature.fill_(fit_temperature(logits, place, examples.labels))
-        weights = 1.0 / torch.bincount(place, minlength=len(examples))[place]
-        temperature = float(self.head.temperature)
+        heads = examples.folds[place] if self.folds > 1 else torch.zeros_like(place)
+        logits = self._logits(split).cpu()[heads, rows]
+        offsets, temperature = calibrate(logits, heads, self.folds, place, examples.labels, offset=offset, scale=scale)
+        self.head.temperature.fill_(temperature)
+        with torch.no_grad():
+            self.head.bias[:, 0, 0] -= offsets.to(self.head.bias)
+        if not scale:
+            return {}
+        logits = (logits - offsets[heads]).float()
+        weights, temperature = 1.0 / torch.bincount(place, minlength=len(examples))[place], float(self.head.temperature)
         before, after = (calibration_error(values, examples.labels[place], weights) for values in (logits, logits / temperature))
         return {"temperature": temperature, "ece_before_temperature": before, "ece_after_temperature": after}
 

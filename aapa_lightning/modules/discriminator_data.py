@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.examples import Example, build_examples
-from aapa_lightning.data.records import attach_experts, read_records, split_records
+from aapa_lightning.data.records import attach_experts, prompt_hash, read_records, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
 
@@ -23,7 +23,9 @@ from aapa_lightning.types import Record
 class DiscriminatorData(LightningDataModule):
     """Expert responses against other responses, split by prompt.
 
-    The loaders yield indices int64 ``[B]`` into ``examples[split]``: the module encodes every example once and keeps the result.
+    The loaders yield indices int64 ``[B]`` into ``examples[split]``: the module encodes every example once and keeps the result. A module
+    that compares the responses to a prompt sets ``whole_prompts``: then training batches hold all responses to each of their prompts, and
+    prompts without an expert's and another response are left out.
 
     Args:
         train: dataset of prompts and expert responses (JSONL, Parquet, folder or Hub name), or records.
@@ -37,7 +39,7 @@ class DiscriminatorData(LightningDataModule):
         missing_experts: what happens to a record without an expert response: ``error``, or ``drop`` it.
         test_negatives: response files that ``test`` judges on the held-out prompts; ``negatives`` by default.
         test_experts: response file whose responses are the only positives of ``test``; the records' experts by default.
-        batch_size: responses in a training step.
+        batch_size: responses in a training step; with whole prompts, as many prompts as hold about that many.
         segmenter: how responses are split into sentences.
         score_thinking: keep the thinking before an answer.
         seed: of the split, the pairing of prompts and the order of training.
@@ -70,6 +72,7 @@ class DiscriminatorData(LightningDataModule):
         self.missing_experts = missing_experts
         self.segmenter, self.score_thinking, self.seed = segmenter, score_thinking, seed
         self.examples: dict[str, list[Example]] = {}
+        self.whole_prompts = False
 
     @override
     def setup(self, stage: str) -> None:
@@ -98,8 +101,12 @@ class DiscriminatorData(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return _loader(len(self.examples["train"]), self.batch_size, shuffle=True, generator=generator)
+        options: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        if not self.whole_prompts:
+            return _loader(len(self.examples["train"]), self.batch_size, **options)
+        prompts = paired_prompts(self.examples["train"])
+        count = max(1, round(self.batch_size * len(prompts) / sum(map(len, prompts))))
+        return DataLoader(prompts, count, collate_fn=torch.cat, **options)  # type: ignore[arg-type]  # a list is a map-style dataset
 
     @override
     def val_dataloader(self) -> DataLoader[Tensor] | list[Tensor]:
@@ -116,3 +123,23 @@ class DiscriminatorData(LightningDataModule):
 
 def _loader(size: int, batch_size: int, **options: Any) -> DataLoader[Tensor]:
     return DataLoader(range(size), batch_size, **options)  # type: ignore[arg-type]  # a range is a map-style dataset, collated to a tensor
+
+
+def paired_prompts(examples: Sequence[Example]) -> list[Tensor]:
+    """Places of the responses to each prompt that has both an expert's and another one: int64 ``[n]`` each.
+
+    Raises:
+        ConfigError: there is no such prompt.
+    """
+    places: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        places.setdefault(prompt_hash(example.record.prompt), []).append(i)
+    kept = [torch.tensor(rows) for rows in places.values() if len({examples[i].kind == "expert" for i in rows}) == 2]
+    if not kept:
+        kinds = [example.kind == "expert" for example in examples]
+        raise ConfigError(
+            f"loss=bradley_terry compares responses to one prompt: expected prompts with an expert's and another response, found none "
+            f"among {len(places)} prompts with {sum(kinds)} expert responses and {len(kinds) - sum(kinds)} others; name response files to "
+            "the prompts of `train` in `negatives`, set other_prompts above 0, or take loss=cross_entropy"
+        )
+    return kept
