@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from aapa_lightning.objectives.pairs import check_positive, log_ratios, logistic, pair_outputs
 from aapa_lightning.types import LossOutputs, PairLossInputs
 
@@ -31,6 +29,7 @@ def dr_dpo_loss(inputs: PairLossInputs, *, beta: float = 0.1, beta_prime: float 
     Reference: Wu et al., Towards Robust Alignment of Language Models: Distributionally Robustifying Direct Preference Optimization, 2024,
     arXiv 2407.07880.
 
+    >>> import torch
     >>> policy, lengths, ref = torch.tensor([[-4.0, -6.0], [-6.0, -4.0]]), torch.ones(2, 2, dtype=torch.int64), torch.full((2, 2), -5.0)
     >>> dr_dpo_loss(PairLossInputs(*policy, *lengths, *ref), beta=1.0).losses
     tensor([0.6931, 0.6931])
@@ -41,8 +40,10 @@ def dr_dpo_loss(inputs: PairLossInputs, *, beta: float = 0.1, beta_prime: float 
     pair_losses, slope = logistic(beta * margin)
     held = pair_losses.detach()
     scores = inputs.gather(-held / beta_prime)
-    # A pair's softmax weight needs no index into the gathered vector: exp(own score - logsumexp), never above 1.
-    log_total, count = torch.logsumexp(scores, 0), max(len(scores), 1)
-    shares = count * (-held / beta_prime - log_total).exp()
-    losses = beta_prime * (math.log(count) - log_total) + shares * (pair_losses - held)
+    count = max(len(scores), 1)
+    # Shares relative to the best pair: at losses of 1e5 the digits of a logsumexp end before those of a share begin.
+    best = scores.max() if len(scores) else scores.sum()
+    total = (scores - best).exp().sum()
+    shares = count * (-held / beta_prime - best).exp() / total
+    losses = beta_prime * (math.log(count) - total.log() - best) + shares * (pair_losses - held)
     return pair_outputs(inputs, losses, margin, shares * beta * slope, chosen_reward=beta * chosen, rejected_reward=beta * rejected)
