@@ -1,10 +1,11 @@
-"""``aapa data``: check a dataset, train a tokenizer, write the synthetic world."""
+"""``aapa data``: check a dataset, train a tokenizer, write the synthetic world; ``pairs.py`` and ``partition.py`` have more."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from aapa_lightning.commands import pairs, partition
 from aapa_lightning.commands.columns import add_column_option, parse_columns
 
 
@@ -36,11 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--test", type=int, default=200, help="test records (default: %(default)s)")
     world.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     world.add_argument("--vocab-size", type=int, default=600, help="tokens of its tokenizer (default: %(default)s)")
+    pairs.add_actions(actions)
+    partition.add_actions(actions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action."""
-    return {"check": _check, "tokenizer": _tokenizer, "synthetic": _synthetic}[args.action](args)
+    table = {"check": _check, "tokenizer": _tokenizer, "synthetic": _synthetic, **pairs.ACTIONS, **partition.ACTIONS}
+    return table[args.action](args)
 
 
 def _synthetic(args: argparse.Namespace) -> int:

@@ -164,7 +164,7 @@ def _responding(value: Any, name: str, source: str, *, may_be_empty: bool) -> Tu
 
 def _pair(columns: dict[str, Any], prompt: str | Turns | None, source: str) -> tuple[str | Turns | None, str | None, str | None]:
     """Take ``chosen`` and ``rejected`` out of ``columns``, and the prompt from what they share where there is none."""
-    sides = {name: columns.pop(name) for name in ("chosen", "rejected") if name in columns}
+    sides: dict[str, Any] = {name: columns.pop(name) for name in ("chosen", "rejected") if name in columns}
     if len({isinstance(value, str) for value in sides.values()}) == 2:
         raise DataError(f"{source}: 'chosen' and 'rejected' must both be text or both be chat turns")
     if any(isinstance(value, str) for value in sides.values()):
