@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response, tokens_of, uses_template
@@ -30,7 +30,9 @@ __all__ = [
     "encode_demonstration",
     "encode_prompt",
     "end_of_turn_id",
+    "expert_responses",
     "fit_lengths",
+    "no_responses",
     "uses_template",
 ]
 
@@ -39,6 +41,20 @@ logger = logging.getLogger(__name__)
 
 class OverlongError(DataError):
     """A prompt or a response longer than its limit."""
+
+
+#: What a text is, in error messages, and the text.
+NamedText = tuple[str, str]
+
+
+def no_responses(record: Record) -> Sequence[NamedText]:
+    """Of a record whose prompt alone is used."""
+    return ()
+
+
+def expert_responses(record: Record) -> Sequence[NamedText]:
+    """Of a record whose experts are imitated or measured."""
+    return [("expert response", expert) for expert in record.experts]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: PromptFormat) -> list[int]:
@@ -53,16 +69,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: Promp
 
 
 def encode_demonstration(
-    tokenizer: PreTrainedTokenizerBase, record: Record, expert: str, fmt: PromptFormat, eos_token_id: int
+    tokenizer: PreTrainedTokenizerBase, record: Record, expert: str, fmt: PromptFormat, eos_token_id: int, name: str = "expert response"
 ) -> Demonstration:
     """Tokens of prompt and expert response, and the mask of those to learn.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         record: gives the prompt.
-        expert: the response to imitate.
+        expert: the response to imitate (or of a pair).
         fmt: template, limits, turns to learn.
         eos_token_id: ends the response; with a template, the token that ends its assistant turns (``end_of_turn_id``).
+        name: what the response is, for error messages.
 
     Returns:
         ``input_ids`` = ``encode_prompt`` + response + EOS; the mask is true on the response and its EOS, and with ``assistant_turns="all"``
@@ -78,10 +95,10 @@ def encode_demonstration(
     response_ids = [*_continue(tokenizer, prompt, prompt_ids, response, fmt), eos_token_id]
     if eos_token_id in response_ids[:-1]:
         raise DataError(
-            f"{record.source}: the expert response holds the end-of-sequence token {tokenizer.decode([eos_token_id])!r} as text; remove it"
+            f"{record.source}: the {name} holds the end-of-sequence token {tokenizer.decode([eos_token_id])!r} as text; remove it"
         )
     if len(response_ids) > fmt.max_response_tokens:
-        raise _overlong(record, "expert response", len(response_ids), "max_response_tokens", fmt.max_response_tokens)
+        raise _overlong(record, name, len(response_ids), "max_response_tokens", fmt.max_response_tokens)
     learned = [False] * len(prompt_ids)
     if fmt.assistant_turns == "all" and not isinstance(record.prompt, str):
         learned = assistant_mask(tokenizer, record, prompt, prompt_ids, fmt, eos_token_id)
@@ -89,7 +106,11 @@ def encode_demonstration(
 
 
 def fit_lengths(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], fmt: PromptFormat, eos_token_id: int, *, demonstrations: bool
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    fmt: PromptFormat,
+    eos_token_id: int,
+    responses: Callable[[Record], Sequence[NamedText]] = no_responses,
 ) -> Sequence[Record]:
     """Encode every record once, before training: raise at the first one over a limit, or leave those out (``fmt.overlong``).
 
@@ -98,7 +119,7 @@ def fit_lengths(
         records: the dataset.
         fmt: limits and what to do.
         eos_token_id: as for ``encode_demonstration``.
-        demonstrations: also encode the experts; a record is over the limit when any of its experts is.
+        responses: the responses of a record that are encoded too, by name; it is over the limit when any of them is.
 
     Returns:
         The records that fit.
@@ -110,8 +131,8 @@ def fit_lengths(
     for i, record in enumerate(records):
         try:
             encode_prompt(tokenizer, record, fmt)
-            for expert in record.experts if demonstrations else ():
-                encode_demonstration(tokenizer, record, expert, fmt, eos_token_id)
+            for name, text in responses(record):
+                encode_demonstration(tokenizer, record, text, fmt, eos_token_id, name)
         except OverlongError:
             if fmt.overlong == "error":
                 raise

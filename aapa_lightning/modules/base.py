@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aapa_lightning.anchor.term import AnchorTerm
-from aapa_lightning.data.encode import encode_demonstration, fit_lengths
+from aapa_lightning.data.encode import NamedText, encode_demonstration, expert_responses, fit_lengths, no_responses
 from aapa_lightning.data.records import require_experts
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, collect, no_rescoring
 from aapa_lightning.loop.demonstrations import count_demonstrations
@@ -96,15 +96,15 @@ class PolicyModule(WindowedModule, InferenceModule):
     def training_records(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> tuple[Records, Records]:
         """What of the data is trained on: records within the length limits, and of the prompts those that the rewards can score."""
         if plan.prompts:
-            prompts = self._fit(self._select(prompts), demonstrations=False)
+            prompts = self._fit(self._select(prompts), no_responses)
         if plan.demonstrations:
             if self.needs_experts:
                 require_experts(demonstrations, self.needs_experts)
-            demonstrations = self._fit(demonstrations, demonstrations=True)
+            demonstrations = self._fit(demonstrations, expert_responses)
         return prompts, demonstrations
 
-    def _fit(self, records: Sequence[Record], *, demonstrations: bool) -> Sequence[Record]:
-        return fit_lengths(self.tokenizer, records, self.prompt_format, self.eos_token_id, demonstrations=demonstrations)
+    def _fit(self, records: Records, responses: Callable[[Record], Sequence[NamedText]]) -> Records:
+        return fit_lengths(self.tokenizer, records, self.prompt_format, self.eos_token_id, responses)
 
     def encode(self, record: Record) -> Any:
         """Tokens of one demonstration."""

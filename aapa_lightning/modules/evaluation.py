@@ -20,7 +20,8 @@ class Evaluator:
 
     Figures: ``reward`` (weighted total) and ``reward/<name>``; every judge under its own name; ``response_length`` (tokens),
     ``truncated`` (share); ``expert_logprob`` (nats per token of the expert responses); ``length_distance`` (tokens, Wasserstein-1 between
-    response lengths and expert lengths).
+    response lengths and expert lengths). Of preference pairs: ``pair_accuracy`` (share in which the policy gives the chosen response more
+    per token), ``chosen_logprob`` and ``rejected_logprob`` (nats per token, means over responses).
 
     Args:
         rewards: what the policy is trained on.
@@ -37,6 +38,7 @@ class Evaluator:
         self._responses = {name: MeanMetric().to(device) for name in names}
         self._expert_logprob = ExpertLogProb().to(device)
         self._length_distance = LengthDistance().to(device)
+        self._pairs = {name: MeanMetric().to(device) for name in ("pair_accuracy", "chosen_logprob", "rejected_logprob")}
 
     def add_rollouts(self, rollouts: Rollouts) -> None:
         """Add responses; their expert lengths come with ``add_experts``."""
@@ -59,13 +61,21 @@ class Evaluator:
         lengths = mask.sum(-1)
         self._length_distance.update(lengths[:0], lengths)
 
-    def compute(self, *, generated: bool, experts: bool) -> dict[str, float]:
-        """All figures, over all ranks. ``generated`` and ``experts`` say which parts were added (on any rank)."""
+    def add_pairs(self, logprobs: Tensor) -> None:
+        """Add the policy's mean log-probs per token ``[2B]`` of ``B`` chosen responses, then of their rejected ones."""
+        chosen, rejected = logprobs.float().chunk(2)
+        for name, values in zip(self._pairs, (0.5 + 0.5 * (chosen - rejected).sign(), chosen, rejected), strict=True):
+            self._pairs[name].update(values)
+
+    def compute(self, *, generated: bool, experts: bool, pairs: bool = False) -> dict[str, float]:
+        """All figures, over all ranks. ``generated``, ``experts`` and ``pairs`` say which parts were added (on any rank)."""
         figures: dict[str, Metric] = {}
         if generated:
             figures |= self._responses
         if experts:
             figures["expert_logprob"] = self._expert_logprob
+        if pairs:
+            figures |= self._pairs
         if generated and experts:
             figures["length_distance"] = self._length_distance
         return {name: float(metric.compute()) for name, metric in figures.items()}

@@ -9,16 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from aapa_lightning.data.encode import OverlongError, encode_demonstration, encode_prompt, end_of_turn_id, fit_lengths
+from aapa_lightning.data.encode import (
+    OverlongError,
+    encode_demonstration,
+    encode_prompt,
+    end_of_turn_id,
+    expert_responses,
+    fit_lengths,
+    no_responses,
+)
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.data.responses import response_row
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.logprobs import sequence_logprobs
-from aapa_lightning.loop.demonstrations import collate_demonstrations
+from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
+from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
@@ -87,6 +95,7 @@ class InferenceModule(L.LightningModule):
         self._loaded = False
         self._evaluator: Evaluator | None = None
         self._with_experts = False
+        self._with_pairs = False
 
     def configure_model(self) -> None:
         """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
@@ -111,8 +120,10 @@ class InferenceModule(L.LightningModule):
         With ``overlong: drop`` a prompt whose expert response alone is too long stays; only the expert's likelihood is left out.
         """
         strict = self.prompt_format.overlong == "error"
-        records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, demonstrations=strict)
+        responses = expert_responses if strict else no_responses
+        records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, responses)
         self._with_experts = any(record.experts for record in records)
+        self._with_pairs = any(record.chosen and record.rejected for record in records)
         if not (strict or self.trainer.predicting):  # one that cannot be encoded at all must not end a run at its first validation
             for record in records:
                 for expert in record.experts[:1]:
@@ -145,9 +156,17 @@ class InferenceModule(L.LightningModule):
             self._evaluator.add_rollouts(rollouts)
         rows = [row for record in step.records for expert in record.experts[:1] if (row := self._expert(record, expert)) is not None]
         if rows:
-            batch = collate_demonstrations(rows, self.tokenizer.pad_token_id, self.device)
-            logprobs = sequence_logprobs(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
-            self._evaluator.add_experts(logprobs, batch.response_mask[:, 1:])
+            self._evaluator.add_experts(*demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device))
+        self._evaluate_pairs(step.records, self._evaluator)
+
+    def _evaluate_pairs(self, records: Sequence[Record], evaluator: Evaluator) -> None:
+        pairs = [(record, record.chosen, record.rejected) for record in records if record.chosen and record.rejected]
+        rows = [(self._expert(record, chosen), self._expert(record, rejected)) for record, chosen, rejected in pairs]
+        kept = [(chosen, rejected) for chosen, rejected in rows if chosen is not None and rejected is not None]
+        if kept:
+            responses = [chosen for chosen, _ in kept] + [rejected for _, rejected in kept]
+            logprobs, mask = demonstration_logprobs(self.model, responses, self.tokenizer.pad_token_id, self.device)
+            evaluator.add_pairs(masked_mean(logprobs, mask, dim=-1))
 
     def _expert(self, record: Record, expert: str) -> Demonstration | None:
         fmt = replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
@@ -159,7 +178,7 @@ class InferenceModule(L.LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         if self._evaluator is None:
             return
-        figures = self._evaluator.compute(generated=self.eval_samples > 0, experts=self._with_experts)
+        figures = self._evaluator.compute(generated=self.eval_samples > 0, experts=self._with_experts, pairs=self._with_pairs)
         self._evaluator = None
         # of all ranks already: equal values have this mean, and without sync_dist Lightning warns of every figure
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)

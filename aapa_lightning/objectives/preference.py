@@ -34,7 +34,7 @@ class PreferenceObjective:
         loss: ``loss(inputs, **options)``, one loss per pair or labelled response.
         needs_reference: takes the log-probs of a frozen reference policy.
         labels: takes ``LabelLossInputs`` rather than ``PairLossInputs``.
-        needs_stress: takes the margins at perturbed weights.
+        probe: takes the margins at weights perturbed along this loss's gradient; None for most. Has the options of ``loss``.
         batch_statistics: depends on the other rows of the micro-step, gathered over ranks; changes with the micro-batch size.
         sft_weight: default weight of the chosen responses' NLL, a mean over the step's response tokens, which the module adds.
         options: defaults that differ from the function's own.
@@ -43,7 +43,7 @@ class PreferenceObjective:
     loss: Callable[..., LossOutputs]
     needs_reference: bool = False
     labels: bool = False
-    needs_stress: bool = False
+    probe: Callable[..., LossOutputs] | None = None
     batch_statistics: bool = False
     sft_weight: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -75,6 +75,14 @@ class PreferenceObjective:
         # One made-up row runs the function's own range checks now rather than at the first step.
         bound(_label_row() if self.labels else _pair_row())
         return bound
+
+    def bind_probe(self, options: Mapping[str, Any]) -> Callable[..., LossOutputs] | None:
+        """The probe with the options, and the defaults, of the loss; None without one."""
+        if self.probe is None:
+            return None
+        parameters = inspect.signature(self.loss).parameters.values()
+        defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        return partial(self.probe, **{**defaults, **self.options, **options})
 
 
 def _check_type(what: str, value: Any, expected: type) -> None:
@@ -108,6 +116,6 @@ PREFERENCES: dict[str, PreferenceObjective] = {
     "sympo": PreferenceObjective(sympo_loss, needs_reference=True),
     "dr_dpo": PreferenceObjective(dr_dpo_loss, needs_reference=True, batch_statistics=True),
     "kto": PreferenceObjective(kto_loss, needs_reference=True, labels=True, batch_statistics=True),
-    "gapo": PreferenceObjective(gapo_loss, needs_stress=True),
+    "gapo": PreferenceObjective(gapo_loss, probe=simpo_loss, batch_statistics=True),
     "rrhf": PreferenceObjective(rrhf_loss, sft_weight=1.0),
 }

@@ -5,7 +5,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from aapa_lightning.data.encode import OverlongError, PromptFormat, encode_demonstration, encode_prompt, end_of_turn_id, fit_lengths
+from aapa_lightning.data.encode import (
+    OverlongError,
+    PromptFormat,
+    encode_demonstration,
+    encode_prompt,
+    end_of_turn_id,
+    fit_lengths,
+)
 from aapa_lightning.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.types import Record

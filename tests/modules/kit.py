@@ -18,6 +18,7 @@ from aapa_lightning.callbacks.anchor import AnchorCallback
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.modules.chord import CHORDModule
 from aapa_lightning.modules.grpo import GRPOModule
+from aapa_lightning.modules.preference import PreferenceModule
 from aapa_lightning.modules.sft import SFTModule
 from aapa_lightning.modules.uniapl import UniAPLModule
 from aapa_lightning.policy import PolicySpec
@@ -26,15 +27,17 @@ from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.types import Record
 
 warnings.filterwarnings("ignore", module="lightning")
-MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule, "uniapl": UniAPLModule}
+MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule, "uniapl": UniAPLModule, "preference": PreferenceModule}
 
 
 def make_records(count: int = 12) -> list[Record]:
-    """Prompts of very different lengths with one expert each."""
+    """Prompts of very different lengths with one expert and a pair each."""
     return [
         Record(
             "Describe the harbor " * (1 + 3 * (i % 3)) + str(i),
             experts=(f"The boats rest {i}." * (1 + i % 2),),
+            chosen=f"Boats rest {i}." * (1 + i % 2),
+            rejected=f"No {i % 5}" * (1 + i % 3),
             source=f"data.jsonl:{i + 1}",
         )
         for i in range(count)
@@ -131,6 +134,7 @@ def make_module(name: str, spec: PolicySpec, *, sgd: bool = False, **options):
     }
     own = {
         "sft": {"batch_size": 4, "anchor_group_size": 2},
+        "preference": {"batch_size": 4, "anchor_group_size": 2},
         "grpo": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()]},
         "chord": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "expert_batch_size": 4, "mu_peak": 0.4},
         "uniapl": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "demonstrations_per_step": 4},

@@ -1,0 +1,285 @@
+"""Every preference objective, anchorable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.data.encode import encode_demonstration
+from aapa_lightning.data.pairs import require_labels, require_pairs
+from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.preferences import (
+    Preference,
+    count_preferences,
+    label_inputs,
+    pair_inputs,
+    preferred_texts,
+    responses_of,
+)
+from aapa_lightning.loop.reference import ReferenceCache, response_sums
+from aapa_lightning.loop.stress import WeightStress
+from aapa_lightning.loop.terms import LossTerm
+from aapa_lightning.loop.window import Window
+from aapa_lightning.modules.base import PolicyModule, Records
+from aapa_lightning.modules.checkpointing import gather_over_ranks
+from aapa_lightning.objectives.pairs import per_token
+from aapa_lightning.objectives.preference import PREFERENCES
+from aapa_lightning.objectives.sft import sft_loss
+from aapa_lightning.objectives.surrogate import clipped_surrogate
+from aapa_lightning.policy import PolicySpec, load_policy
+from aapa_lightning.seeds import derive_seed
+from aapa_lightning.types import Demonstration, LossOutputs, PairLossInputs, Record, SumOverRanks
+
+
+@dataclass(frozen=True, slots=True)
+class StressOptions:
+    """How GAPO perturbs the weights.
+
+    Args:
+        rho: length of the move relative to the weights; the authors' recipe for Mistral-7B has 0.025.
+        start_layer: 0 moves all layers; n > 0 the decoder layers from n on, with a cheaper probe.
+        direction: ``gradient`` of the batch, or ``gaussian``, a random direction as a control.
+    """
+
+    rho: float = 0.05
+    start_layer: int = 0
+    direction: Literal["gradient", "gaussian"] = "gradient"
+
+    def build(self, model: nn.Module, sum_over_ranks: SumOverRanks, world_size: int) -> WeightStress:
+        """The perturbation of a policy's weights."""
+        return WeightStress(
+            model,
+            rho=self.rho,
+            start_layer=self.start_layer,
+            direction=self.direction,
+            sum_over_ranks=sum_over_ranks,
+            world_size=world_size,
+        )
+
+
+class PreferenceModule(PolicyModule):
+    """Learns from pairs of a chosen and a rejected response (or, with ``kto``, from single labelled responses).
+
+    The loss is the mean of the objective over the pairs of the whole optimiser step, plus ``sft_weight`` times the negative log-likelihood
+    of the chosen responses, a mean over the step's tokens. Objectives with batch statistics (``amapo``, ``dr_dpo``, ``kto``, ``gapo``)
+    take them over a micro-step and all ranks: micro-batch size and accumulation change them.
+
+    With an anchor it also samples ``anchor_group_size`` responses to each pair's prompt and adds the adversarial term over their tokens.
+    Without one nothing is sampled in training.
+
+    Args:
+        policy: which model to train.
+        objective: a row of ``aapa_lightning.objectives.preference.PREFERENCES``: ``dpo``, ``ipo``, ``simpo``, ``orpo``, ``rpo``, ``hypo``,
+            ``amapo``, ``cdpo``, ``rdpo``, ``ropo``, ``sympo``, ``dr_dpo``, ``kto``, ``gapo`` or ``rrhf``.
+        options: the objective's own options, such as ``{beta: 0.1}``; the others keep the authors' defaults.
+        sft_weight: weight of the chosen responses' likelihood; None takes the objective's own (0 for most, 1 for ``orpo``).
+        batch_size: pairs of an optimiser step, over all devices and accumulated micro-steps.
+        reference: the reference policy where the objective needs one; None is the policy as it starts.
+        reference_cache: folder in which the reference's log-probs are kept. They are computed once, before training, and the copy of the
+            reference is dropped; a later run with the same reference only reads. Not for ``kto``.
+        stress: how ``gapo`` perturbs the weights.
+        anchor_group_size: responses per prompt when anchored.
+        clip_low: lower clip of the adversarial term's ratio.
+        clip_high: upper clip.
+        **kwargs: see ``PolicyModule``.
+
+    Raises:
+        ConfigError: an unknown objective or option, a value that does not fit, or a reference where none is needed.
+    """
+
+    trains_on_rewards = False
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        *,
+        objective: str = "dpo",
+        options: dict[str, Any] | None = None,
+        sft_weight: float | None = None,
+        batch_size: int = 32,
+        reference: PolicySpec | None = None,
+        reference_cache: str | None = None,
+        stress: StressOptions = StressOptions(),
+        anchor_group_size: int = 4,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        self.objective = choose(PREFERENCES, objective, "objective")
+        self.objective_name = objective
+        self._loss = self.objective.bind(options or {})
+        self._probe = self.objective.bind_probe(options or {})
+        self._inputs = label_inputs if self.objective.labels else pair_inputs
+        self.sft_weight = self.objective.sft_weight if sft_weight is None else sft_weight
+        self.batch_size = batch_size
+        self.reference, self.reference_cache, self.stress = reference, reference_cache, stress
+        self.anchor_group_size = anchor_group_size
+        self._surrogate = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
+        self._reference: list[nn.Module] = []  # in a list: not a submodule, so neither trained nor saved
+        self._cache: ReferenceCache | None = None
+        self._stress: WeightStress | None = None
+        self._check()
+
+    def _check(self) -> None:
+        if self.sft_weight < 0:
+            raise ConfigError(f"sft_weight: expected at least 0, found {self.sft_weight}")
+        if not self.objective.needs_reference and (self.reference or self.reference_cache):
+            raise ConfigError(f"objective {self.objective_name} has no reference policy; leave reference and reference_cache out")
+        if self.objective.labels and self.reference_cache:
+            raise ConfigError(
+                f"reference_cache: {self.objective_name} also asks for log-probs of responses to other prompts, which depend on the batch; "
+                "leave it out"
+            )
+
+    # Reference -----------------------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy and, where the objective needs it, the frozen reference."""
+        super().configure_model()
+        if not self.objective.needs_reference or self._reference or self._cache is not None:
+            return
+        model: nn.Module = copy.deepcopy(self.model) if self.reference is None else load_policy(self.reference)[0]
+        self._reference = [model.eval().requires_grad_(False)]
+        if self.reference_cache is not None:
+            self._cache = ReferenceCache(self.reference_cache, model)
+
+    def _fill_cache(self, records: Records) -> None:
+        if self._cache is None or not self._reference:
+            return
+        (model,) = self._reference
+        model.to(self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._cache.fill(
+                self._responses(records),
+                partial(self._sums, model),
+                batch_size=self.batch_size,
+                rank=self.global_rank,
+                world_size=self.trainer.world_size,
+                gather=gather_over_ranks,
+            )
+        self._reference.clear()  # all that is asked for is known
+
+    def _responses(self, records: Records) -> Iterator[Demonstration]:
+        for record in records:
+            yield from responses_of([self.encode(record)])
+
+    def on_fit_start(self) -> None:
+        """Move the reference to where the policy is."""
+        for reference in self._reference:
+            reference.to(self.device)
+
+    # Data ----------------------------------------------------------------------------------------------------------------------------
+
+    def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
+        """One optimiser step a window; responses are sampled only when anchored, to the prompts of the pairs."""
+        if self.anchor is not None:
+            self.anchor.check_host(group_size=self.anchor_group_size)
+            if self.anchor.combine != "loss":
+                raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and pairs have none; use combine=loss")
+        plan = WindowPlan(
+            samples=self.anchor_group_size,
+            demonstrations=self.batch_size,
+            sample_demonstrations=self.anchor is not None,
+            accumulate=accumulate,
+            world_size=world_size,
+        )
+        if self.objective.labels and plan.demonstrations_per_slice < 2:
+            raise ConfigError(
+                f"{self.objective_name} compares a prompt with the response to another one of the same micro-step: expected at least 2 "
+                f"records in a micro-step on each device, found {plan.demonstrations_per_slice}; raise batch_size, or accumulate less"
+            )
+        return plan
+
+    def training_records(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> tuple[Records, Records]:
+        """Pairs (or labelled responses) within the length limits, their reference log-probs at hand."""
+        require = require_labels if self.objective.labels else require_pairs
+        require(demonstrations, f"objective {self.objective_name} learns from {'labels' if self.objective.labels else 'pairs'}")
+        pairs = self._fit(demonstrations, preferred_texts)
+        self._fill_cache(pairs)
+        return prompts, pairs
+
+    def encode(self, record: Record) -> Preference:
+        """Tokens of a pair."""
+        fmt = replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
+        sides = {
+            name: encode_demonstration(self.tokenizer, record, text, fmt, self.eos_token_id, name) for name, text in preferred_texts(record)
+        }
+        return Preference(sides.get("chosen response"), sides.get("rejected response"), record)
+
+    def count(self, rows: Sequence[Any]) -> Tensor:
+        """Tokens of the chosen responses, and losses."""
+        return count_preferences(rows, self.objective.labels)
+
+    # Loss ----------------------------------------------------------------------------------------------------------------------------
+
+    def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
+        """The objective, the chosen responses' likelihood where it weighs anything, and the adversarial term when anchored."""
+        rows, counts = window.demonstrations_of(micro_step)
+        stressed = self._stressed_margins(rows, window.number, micro_step)
+        responses = responses_of(rows)
+        sums, lengths, (logprobs, mask) = response_sums(self.model, responses, self.tokenizer.pad_token_id, self.device)
+        outputs = self._loss(
+            self._inputs(
+                rows,
+                sums,
+                lengths,
+                policy=torch.no_grad()(partial(self._sums, self.model)),
+                reference=self._reference_sums if self.objective.needs_reference else None,
+                stressed_margins=stressed,
+                gather=self.gather_over_ranks,
+            )
+        )
+        terms = [_column("preference", outputs, counts)]
+        if self.sft_weight:
+            chosen = sum(row.chosen is not None for row in rows)
+            terms.append(LossTerm("sft", sft_loss(logprobs[:chosen], mask[:chosen]), mask[:chosen], counts, weight=self.sft_weight))
+        if self.anchor is not None:
+            terms.append(self.sampled_anchor_term(window, micro_step, self._surrogate))
+        return terms
+
+    def _sums(self, model: nn.Module, rows: Sequence[Demonstration]) -> Tensor:
+        return response_sums(model, rows, self.tokenizer.pad_token_id, self.device)[0]
+
+    @torch.no_grad()
+    def _reference_sums(self, rows: Sequence[Demonstration]) -> Tensor:
+        return self._sums(self._reference[0], rows) if self._cache is None else self._cache(rows).to(self.device)
+
+    def _stressed_margins(self, rows: Sequence[Preference], window: int, micro_step: int) -> Tensor | None:
+        if self._probe is None:
+            return None
+        if self._stress is None:
+            self._stress = self.stress.build(self.model, self.sum_over_ranks, self.trainer.world_size)
+        objective, responses, half = self._probe, responses_of(rows), len(rows)
+
+        def inputs() -> PairLossInputs:
+            sums, lengths, _ = response_sums(self.model, responses, self.tokenizer.pad_token_id, self.device)
+            return PairLossInputs(sums[:half], sums[half:], lengths[:half], lengths[half:])
+
+        def loss() -> Tensor:
+            return objective(inputs()).losses.mean()
+
+        def margins() -> Tensor:
+            found = inputs()
+            return per_token(found.chosen_logprobs, found.chosen_lengths) - per_token(found.rejected_logprobs, found.rejected_lengths)
+
+        return self._stress.evaluate(loss, margins, derive_seed("stress", self.seed, window, micro_step))
+
+    def step_metrics(self) -> dict[str, float]:
+        """Lambda, and what the last perturbation changed."""
+        stress = {} if self._stress is None else {f"stress/{name}": value for name, value in self._stress.metrics.items()}
+        return super().step_metrics() | stress
+
+
+def _column(name: str, outputs: LossOutputs, counts: Any) -> LossTerm:
+    """One loss a row, ``[B]``, as a term whose rows have one entry each."""
+    losses = outputs.losses[:, None]
+    metrics = {key: value[:, None] for key, value in outputs.metrics.items()}
+    return LossTerm(name, LossOutputs(losses, metrics), torch.ones_like(losses, dtype=torch.bool), counts, "grpo")
