@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +229,20 @@ def test_a_hostile_line_is_named(aapa, line, message, tmp_path):
     assert code == 2
     assert error.startswith(f"aapa: error: {message}"), error
     assert not (tmp_path / "best.jsonl").exists()
+
+
+def test_the_commands_of_the_page_run(aapa, monkeypatch):
+    """Every command of the section on pairs, in its order, on one small dataset."""
+    monkeypatch.setattr("aapa_lightning.anchor.load.load_discriminator", lambda *_, **__: Judge())
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.split("## Preference pairs\n", 1)[1].split("\n## ", 1)[0]
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    write("train.jsonl", PROMPTS)
+    third = {"key": "c", "response": "commas, too", "reward": 1, "ok": [False]}
+    write("samples.jsonl", [*SAMPLES[:5], third, {**third, "response": "none", "sample": 1, "reward": 0}])
+    for command in commands:
+        code, said = aapa(*command.split()[1:])
+        assert code == 0, (command, said)
+    assert len(commands) == 10
+    assert sides("pairs.jsonl") == [("one", "two, too"), ("none", "commas, too")]
+    assert [row["response"] for row in rows_of("best.jsonl")] == ["two, too", "one", "commas, too"]
