@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -22,6 +23,9 @@ from aapa_lightning.types import Demonstration
 
 #: Responses of which a cache is being made that are held in memory at once; those of like length share a forward.
 _CHUNK = 4096
+_KEY_BYTES = 16
+
+logger = logging.getLogger(__name__)
 
 
 def response_sums(
@@ -40,20 +44,20 @@ def response_sums(
 class ReferenceCache:
     """Sums of log-probs under one policy, kept in a folder: ``reference.safetensors``, and ``reference.json`` with its fingerprint.
 
-    Entries are found by their tokens, so the order of the data does not matter and data that grows only adds what is new. They are
-    computed in float32 without autocast.
+    Entries are found by their tokens, so the order of the data does not matter and data that grows only adds what is new.
 
     Args:
-        folder: where; need not exist.
-        model: the policy; its weights are the fingerprint.
+        folder: where; need not exist. All ranks must see it.
+        model: the policy; the fingerprint is of its weights.
+        precision: in which log-probs are computed; part of the fingerprint.
 
     Raises:
-        ConfigError: the folder holds the log-probs of another policy, or is damaged.
+        ConfigError: the folder holds the log-probs of another policy or precision, or is damaged.
     """
 
-    def __init__(self, folder: str | Path, model: nn.Module) -> None:
+    def __init__(self, folder: str | Path, model: nn.Module, precision: str = "") -> None:
         self.folder = Path(folder)
-        self.fingerprint = hash_tensors("reference", model.state_dict())
+        self.fingerprint = hash_tensors(f"reference {precision}", model.state_dict())
         self._sums: dict[bytes, float] = {}
         if (self.folder / "reference.json").exists():
             self._load()
@@ -62,14 +66,14 @@ class ReferenceCache:
         found = read_json(self.folder / "reference.json").get("fingerprint")
         if found != self.fingerprint:
             raise ConfigError(
-                f"reference_cache {self.folder} holds the log-probs of another model: expected fingerprint {self.fingerprint[:12]}, found "
-                f"{str(found)[:12]}; name another folder, or remove this one"
+                f"reference_cache {self.folder} holds the log-probs of another model, or of this one in another precision: expected "
+                f"fingerprint {self.fingerprint[:12]}, found {str(found)[:12]}; name another folder, or remove this one"
             )
         tensors = read_tensors(self.folder / "reference.safetensors")
-        if {"keys", "logprobs"} - tensors.keys() or len(tensors["keys"]) != len(tensors["logprobs"]):
+        keys, values = tensors.get("keys", torch.zeros(0)), tensors.get("logprobs", torch.zeros(0))
+        if keys.dtype != torch.uint8 or keys.shape != (len(values), _KEY_BYTES) or values.shape != (len(values),):
             raise ConfigError(f"{self.folder / 'reference.safetensors'} is damaged; remove the folder, and it is made again")
-        keys = tensors["keys"].numpy().tobytes()
-        self._sums = {keys[16 * i : 16 * i + 16]: value for i, value in enumerate(tensors["logprobs"].tolist())}
+        self._sums = {bytes(key): value for key, value in zip(keys.numpy(), values.tolist(), strict=True)}
 
     def __len__(self) -> int:
         return len(self._sums)
@@ -90,6 +94,8 @@ class ReferenceCache:
     ) -> int:
         """Compute what is missing, each rank its share, and write the folder on rank 0.
 
+        Batches do not depend on the number of ranks, and what was computed is written every few thousand responses.
+
         Args:
             rows: all responses, in the same order on every rank.
             compute: gives the sums of a batch, float32 ``[B]``.
@@ -100,32 +106,86 @@ class ReferenceCache:
 
         Returns:
             How many entries were new.
+
+        Raises:
+            ConfigError: ranks have read different folders.
         """
+        known = gather(len(self._sums))
+        if len(set(known)) > 1:
+            raise ConfigError(f"reference_cache {self.folder}: expected a folder that all ranks see, found {known} entries on the ranks")
         added = 0
         for chunk in _chunks((row for row in rows if _key(row) not in self._sums), _CHUNK):
             missing = {_key(row): row for row in chunk}
-            mine = sorted(missing.items(), key=lambda item: len(item[1].input_ids))[rank::world_size]
+            batches = list(_chunks(sorted(missing.items(), key=lambda item: len(item[1].input_ids)), batch_size))
             found: dict[bytes, float] = {}
-            for part in _chunks(mine, batch_size):
-                found |= zip((key for key, _ in part), compute([row for _, row in part]).tolist(), strict=True)
+            for batch in batches[rank::world_size]:
+                found |= zip((key for key, _ in batch), compute([row for _, row in batch]).tolist(), strict=True)
             for share in gather(found):
                 self._sums |= share
             added += len(missing)
+            if rank == 0:
+                self._save()
         if added and rank == 0:
-            self._save()
+            logger.info("computed the reference log-probs of %d responses; %s holds %d", added, self.folder, len(self))
         return added
 
     def _save(self) -> None:
-        keys = torch.frombuffer(bytearray(b"".join(self._sums)), dtype=torch.uint8).view(-1, 16)
+        entries = sorted(self._sums.items())
+        keys = torch.frombuffer(bytearray(b"".join(key for key, _ in entries)), dtype=torch.uint8).view(-1, _KEY_BYTES)
+        values = torch.tensor([value for _, value in entries], dtype=torch.float32)
         # the fingerprint last: a folder without one is made again
-        write_tensors(
-            self.folder / "reference.safetensors", {"keys": keys, "logprobs": torch.tensor([*self._sums.values()], dtype=torch.float32)}
-        )
-        write_json(self.folder / "reference.json", {"fingerprint": self.fingerprint, "responses": len(self._sums), "unit": "nats"})
+        write_tensors(self.folder / "reference.safetensors", {"keys": keys, "logprobs": values})
+        write_json(self.folder / "reference.json", {"fingerprint": self.fingerprint, "responses": len(entries), "unit": "nats"})
+
+
+class ReferencePolicy:
+    """A frozen policy that is asked for log-probs of responses. With a cache it answers once, before training, and is then dropped.
+
+    Not an ``nn.Module``: what holds it neither trains nor saves it.
+
+    Args:
+        model: the policy; frozen here.
+        pad_token_id: any id.
+        cache: where its answers are kept, or None.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int, cache: ReferenceCache | None = None) -> None:
+        self.model: nn.Module | None = model.eval().requires_grad_(False)
+        self.pad_token_id = pad_token_id
+        self.cache = cache
+        self.device: torch.device | str = "cpu"
+
+    def to(self, device: torch.device | str) -> None:
+        """Answer on this device."""
+        self.device = device
+        if self.model is not None:
+            self.model.to(device)
+
+    def __call__(self, rows: Sequence[Demonstration]) -> Tensor:
+        """Sums of log-probs, float32 ``[R]`` nats, without gradient."""
+        return self._compute(rows) if self.cache is None else self.cache(rows).to(self.device)
+
+    def remember(self, rows: Iterable[Demonstration], **share: Any) -> None:
+        """Answer for all rows, where there is a cache, and drop the model. ``share`` is as of ``ReferenceCache.fill``.
+
+        Raises:
+            ConfigError: rows that are new, after the model was dropped.
+        """
+        if self.cache is not None:
+            self.cache.fill(rows, self._compute, **share)
+            self.model = None
+
+    @torch.no_grad()
+    def _compute(self, rows: Sequence[Demonstration]) -> Tensor:
+        if self.model is None:
+            raise ConfigError(
+                "reference_cache: a second fit brought responses that the first had not; build the module anew for other data"
+            )
+        return response_sums(self.model, rows, self.pad_token_id, self.device)[0]
 
 
 def _key(row: Demonstration) -> bytes:
-    digest = hashlib.blake2b(array("q", row.input_ids).tobytes(), digest_size=16)
+    digest = hashlib.blake2b(array("q", row.input_ids).tobytes(), digest_size=_KEY_BYTES)
     digest.update(bytes(row.response_mask))
     return digest.digest()
 

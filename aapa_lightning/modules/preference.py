@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.data.encode import encode_demonstration
+from aapa_lightning.data.encode import encode_demonstration, fit_lengths
 from aapa_lightning.data.pairs import require_labels, require_pairs
+from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.preferences import (
@@ -23,7 +25,7 @@ from aapa_lightning.loop.preferences import (
     preferred_texts,
     responses_of,
 )
-from aapa_lightning.loop.reference import ReferenceCache, response_sums
+from aapa_lightning.loop.reference import ReferenceCache, ReferencePolicy, response_sums
 from aapa_lightning.loop.stress import WeightStress
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window
@@ -82,16 +84,16 @@ class PreferenceModule(PolicyModule):
         sft_weight: weight of the chosen responses' likelihood; None takes the objective's own (0 for most, 1 for ``orpo``).
         batch_size: pairs of an optimiser step, over all devices and accumulated micro-steps.
         reference: the reference policy where the objective needs one; None is the policy as it starts.
-        reference_cache: folder in which the reference's log-probs are kept. They are computed once, before training, and the copy of the
-            reference is dropped; a later run with the same reference only reads. Not for ``kto``.
-        stress: how ``gapo`` perturbs the weights.
+        reference_cache: folder, on a disk that all ranks see, in which the reference's log-probs are kept. They are computed once, before
+            training, and the copy of the reference is dropped; a later run with the same reference only reads. Not for ``kto``.
+        stress: how ``gapo`` perturbs the weights; for no other objective.
         anchor_group_size: responses per prompt when anchored.
         clip_low: lower clip of the adversarial term's ratio.
         clip_high: upper clip.
         **kwargs: see ``PolicyModule``.
 
     Raises:
-        ConfigError: an unknown objective or option, a value that does not fit, or a reference where none is needed.
+        ConfigError: an unknown objective or option, a value that does not fit, or a reference or stress where none is needed.
     """
 
     trains_on_rewards = False
@@ -123,14 +125,15 @@ class PreferenceModule(PolicyModule):
         self.reference, self.reference_cache, self.stress = reference, reference_cache, stress
         self.anchor_group_size = anchor_group_size
         self._surrogate = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
-        self._reference: list[nn.Module] = []  # in a list: not a submodule, so neither trained nor saved
-        self._cache: ReferenceCache | None = None
+        self._reference: ReferencePolicy | None = None  # no module itself: neither trained nor saved
         self._stress: WeightStress | None = None
         self._check()
 
     def _check(self) -> None:
-        if self.sft_weight < 0:
-            raise ConfigError(f"sft_weight: expected at least 0, found {self.sft_weight}")
+        if not 0 <= self.sft_weight < math.inf:
+            raise ConfigError(f"sft_weight: expected a finite number, 0 or above, found {self.sft_weight}")
+        if self._probe is None and self.stress != StressOptions():
+            raise ConfigError(f"objective {self.objective_name} perturbs no weights; leave stress out")
         if not self.objective.needs_reference and (self.reference or self.reference_cache):
             raise ConfigError(f"objective {self.objective_name} has no reference policy; leave reference and reference_cache out")
         if self.objective.labels and self.reference_cache:
@@ -142,39 +145,36 @@ class PreferenceModule(PolicyModule):
     # Reference -----------------------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the policy and, where the objective needs it, the frozen reference."""
+        """Load the policy and, for training with an objective that needs it, the frozen reference."""
         super().configure_model()
-        if not self.objective.needs_reference or self._reference or self._cache is not None:
+        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        if not self.objective.needs_reference or not fitting or self._reference is not None:
             return
-        model: nn.Module = copy.deepcopy(self.model) if self.reference is None else load_policy(self.reference)[0]
-        self._reference = [model.eval().requires_grad_(False)]
-        if self.reference_cache is not None:
-            self._cache = ReferenceCache(self.reference_cache, model)
+        model: nn.Module = copy.deepcopy(self.model) if self.reference is None else self._other_policy(self.reference)
+        precision = str(getattr(self._trainer, "precision", ""))
+        cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, precision)
+        self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)
 
-    def _fill_cache(self, records: Records) -> None:
-        if self._cache is None or not self._reference:
-            return
-        (model,) = self._reference
-        model.to(self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            self._cache.fill(
-                self._responses(records),
-                partial(self._sums, model),
-                batch_size=self.batch_size,
-                rank=self.global_rank,
-                world_size=self.trainer.world_size,
-                gather=gather_over_ranks,
+    def _other_policy(self, spec: PolicySpec) -> nn.Module:
+        model, tokenizer = load_policy(spec)
+        theirs = tokenizer.get_vocab()
+        if wrong := next((token for token, i in self.tokenizer.get_vocab().items() if theirs.get(token) != i), None):
+            raise ConfigError(
+                f"reference {spec.model}: expected the tokens of the policy's tokenizer under the same ids, found {wrong!r} as "
+                f"{theirs.get(wrong)}; use a reference of the same family, or name the tokenizer that it shares as reference.tokenizer"
             )
-        self._reference.clear()  # all that is asked for is known
+        return model
 
     def _responses(self, records: Records) -> Iterator[Demonstration]:
         for record in records:
             yield from responses_of([self.encode(record)])
 
     def on_fit_start(self) -> None:
-        """Move the reference to where the policy is."""
-        for reference in self._reference:
-            reference.to(self.device)
+        """Move the reference to where the policy is, and look at what is to be perturbed."""
+        if self._reference is not None:
+            self._reference.to(self.device)
+        if self._probe is not None:
+            self._stress = self.stress.build(self.model, self.sum_over_ranks, self.trainer.world_size)
 
     # Data ----------------------------------------------------------------------------------------------------------------------------
 
@@ -202,16 +202,26 @@ class PreferenceModule(PolicyModule):
         """Pairs (or labelled responses) within the length limits, their reference log-probs at hand."""
         require = require_labels if self.objective.labels else require_pairs
         require(demonstrations, f"objective {self.objective_name} learns from {'labels' if self.objective.labels else 'pairs'}")
-        pairs = self._fit(demonstrations, preferred_texts)
-        self._fill_cache(pairs)
+        pairs = fit_lengths(self.tokenizer, demonstrations, self._response_format, self.eos_token_id, preferred_texts)
+        if self._reference is not None:
+            with self.trainer.precision_plugin.forward_context():
+                self._reference.remember(
+                    self._responses(pairs),
+                    batch_size=2 * plan.demonstrations_per_slice,
+                    rank=self.global_rank,
+                    world_size=plan.world_size,
+                    gather=gather_over_ranks,
+                )
         return prompts, pairs
+
+    @property
+    def _response_format(self) -> PromptFormat:
+        return replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
 
     def encode(self, record: Record) -> Preference:
         """Tokens of a pair."""
-        fmt = replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
-        sides = {
-            name: encode_demonstration(self.tokenizer, record, text, fmt, self.eos_token_id, name) for name, text in preferred_texts(record)
-        }
+        fmt, eos = self._response_format, self.eos_token_id
+        sides = {name: encode_demonstration(self.tokenizer, record, text, fmt, eos, name) for name, text in preferred_texts(record)}
         return Preference(sides.get("chosen response"), sides.get("rejected response"), record)
 
     def count(self, rows: Sequence[Any]) -> Tensor:
@@ -231,8 +241,8 @@ class PreferenceModule(PolicyModule):
                 rows,
                 sums,
                 lengths,
-                policy=torch.no_grad()(partial(self._sums, self.model)),
-                reference=self._reference_sums if self.objective.needs_reference else None,
+                policy=self._policy_sums,
+                reference=self._reference,
                 stressed_margins=stressed,
                 gather=self.gather_over_ranks,
             )
@@ -245,18 +255,13 @@ class PreferenceModule(PolicyModule):
             terms.append(self.sampled_anchor_term(window, micro_step, self._surrogate))
         return terms
 
-    def _sums(self, model: nn.Module, rows: Sequence[Demonstration]) -> Tensor:
-        return response_sums(model, rows, self.tokenizer.pad_token_id, self.device)[0]
-
     @torch.no_grad()
-    def _reference_sums(self, rows: Sequence[Demonstration]) -> Tensor:
-        return self._sums(self._reference[0], rows) if self._cache is None else self._cache(rows).to(self.device)
+    def _policy_sums(self, rows: Sequence[Demonstration]) -> Tensor:
+        return response_sums(self.model, rows, self.tokenizer.pad_token_id, self.device)[0]
 
     def _stressed_margins(self, rows: Sequence[Preference], window: int, micro_step: int) -> Tensor | None:
-        if self._probe is None:
+        if self._probe is None or self._stress is None:
             return None
-        if self._stress is None:
-            self._stress = self.stress.build(self.model, self.sum_over_ranks, self.trainer.world_size)
         objective, responses, half = self._probe, responses_of(rows), len(rows)
 
         def inputs() -> PairLossInputs:
