@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,8 @@ MAX_LOGPROB = -1e-6
 
 def _log_odds(logprobs: Tensor) -> Tensor:
     logprobs = logprobs.clamp(max=MAX_LOGPROB)
-    # log(1 - p): log1p loses its digits where p is close to 1, expm1 where it is close to 0.
-    log_complement = torch.where(logprobs < -math.log(2.0), torch.log1p(-logprobs.exp()), torch.log(-torch.expm1(logprobs)))
-    return logprobs - log_complement
+    # 1 - p by expm1, which keeps its digits where p is close to 1; where p is small, the lost ones do not show beside log p.
+    return logprobs - torch.log(-torch.expm1(logprobs))
 
 
 def orpo_loss(inputs: PairLossInputs, *, beta: float = 0.1) -> LossOutputs:

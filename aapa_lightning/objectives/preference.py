@@ -35,7 +35,7 @@ class PreferenceObjective:
         needs_reference: takes the log-probs of a frozen reference policy.
         labels: takes ``LabelLossInputs`` rather than ``PairLossInputs``.
         probe: takes the margins at weights perturbed along this loss's gradient; None for most. Has the options of ``loss``.
-        batch_statistics: depends on the other rows of the micro-step, gathered over ranks; changes with the micro-batch size.
+        batch_statistics: depends on the other rows of the micro-step and of all ranks, so it changes with the micro-batch size.
         sft_weight: default weight of the chosen responses' NLL, a mean over the step's response tokens, which the module adds.
         options: defaults that differ from the function's own.
     """
@@ -73,7 +73,7 @@ class PreferenceObjective:
             _check_type(f"option {option} of {name}", value, choose(types, option, f"option of {name}"))
         bound = partial(self.loss, **{**self.options, **options})
         # One made-up row runs the function's own range checks now rather than at the first step.
-        bound(_label_row() if self.labels else _pair_row())
+        bound(_made_up_row(self.labels))
         return bound
 
     def bind_probe(self, options: Mapping[str, Any]) -> Callable[..., LossOutputs] | None:
@@ -91,14 +91,9 @@ def _check_type(what: str, value: Any, expected: type) -> None:
         raise ConfigError(f"{what}: expected {expected.__name__}, found {value!r} ({type(value).__name__})")
 
 
-def _pair_row() -> PairLossInputs:
+def _made_up_row(labels: bool) -> PairLossInputs | LabelLossInputs:
     row, length = -torch.ones(1), torch.ones(1, dtype=torch.int64)
-    return PairLossInputs(row, row, length, length, row, row, row)
-
-
-def _label_row() -> LabelLossInputs:
-    row = -torch.ones(1)
-    return LabelLossInputs(row, row, torch.ones(1, dtype=torch.bool), row)
+    return LabelLossInputs(row, row, length.bool(), row) if labels else PairLossInputs(row, row, length, length, row, row, row)
 
 
 #: Every preference objective. A new row is checked by the battery of its tests.

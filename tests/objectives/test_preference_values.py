@@ -82,6 +82,7 @@ def test_simpo_gapo_and_rrhf():
     expected = [-0.9 * math.log(sigma(2 * (m - 0.25))) - 0.1 * math.log(sigma(-2 * (m - 0.25))) for m in M]
     assert losses("simpo", beta=2.0, gamma_beta_ratio=0.25, label_smoothing=0.1) == pytest.approx(expected)
     assert losses("rrhf") == [0.0, 1.0, 0.0, 0.0]
+    assert PREFERENCES["rrhf"].bind({})(pairs()).metrics["weight"].tolist() == [0.0, 1.0, 0.0, 0.0]
     stressed = [-0.5, 0.25, -1.0, 3.0]
     outputs = PREFERENCES["gapo"].bind({})(pairs(stressed_margins=stressed))
     gaps = [m - s for m, s in zip(M, stressed, strict=True)]
@@ -192,6 +193,13 @@ def test_amapo():
         assert outputs.metrics["adaptive_margin"].tolist() == pytest.approx(target)
         assert outputs.losses.tolist() == pytest.approx([-math.log(sigma(2.0 * m - t)) for m, t in zip(margins, target, strict=True)])
     assert sum(t > 0 for t in target) == 1
+
+
+def test_amapo_caps_its_margin_where_the_mean_is_enormous():
+    lengths = torch.ones(3, dtype=torch.int64)
+    outputs = PREFERENCES["amapo"].bind({})(PairLossInputs(torch.zeros(3), torch.tensor([-1e4, -1e4, -10.0]), lengths, lengths))
+    assert outputs.metrics["adaptive_margin"].tolist() == pytest.approx([0.0, 0.0, 2.0 * math.exp(20)], rel=1e-6)
+    assert outputs.losses.tolist() == pytest.approx([0.0, 0.0, 2.0 * math.exp(20) - 20.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 7])
