@@ -93,7 +93,7 @@ def label_inputs(
 ) -> LabelLossInputs:
     """Inputs of an objective over labelled responses; arguments as of ``pair_inputs``, with ``R`` responses in the place of ``2B``.
 
-    The mismatched responses, one a record, are those of the next record of the micro-step under this record's prompt.
+    Every response of the micro-step gives a mismatched one, under another record's prompt.
     """
     if reference is None:
         raise RuntimeError("an objective over labelled responses has a reference")
@@ -104,10 +104,11 @@ def label_inputs(
 
 
 def mismatched(rows: Sequence[Preference]) -> list[Demonstration]:
-    """Every record's prompt with the next record's first response, cyclically."""
-    firsts = [response for row in rows for response in [row.chosen or row.rejected] if response is not None]
-    pairs = zip(firsts, firsts[1:] + firsts[:1], strict=True)
-    return [_joined(prompt, response) for prompt, response in pairs]
+    """Every response, in the order of ``responses_of``, under the prompt of the record before its own; the first under the last one's."""
+    prompts = [next(side for side in (row.chosen, row.rejected) if side is not None) for row in rows]
+    before = prompts[-1:] + prompts[:-1]
+    sides = (zip(before, [row.chosen for row in rows], strict=True), zip(before, [row.rejected for row in rows], strict=True))
+    return [_joined(prompt, response) for side in sides for prompt, response in side if response is not None]
 
 
 def _joined(prompt: Demonstration, response: Demonstration) -> Demonstration:

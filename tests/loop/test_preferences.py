@@ -79,10 +79,11 @@ def test_labels_line_up_with_their_responses():
     assert made.logprobs.tolist() == made.ref_logprobs.tolist() == [-12.0, -13.0, -20.0, -24.0]
 
 
-def test_a_prompt_is_held_against_the_next_records_response():
-    """Of each record its first response, chosen if there is one; the last record takes the first one's."""
-    assert ids(mismatched(LABELS)) == [[1, 2, 12], [3, 13, 14], [4, 5, 20]]
-    assert [row.response_mask for row in mismatched(LABELS)] == [[False, False, True], [False, True, True], [False, False, True]]
+def test_every_response_is_held_against_the_prompt_before():
+    """Chosen ones first; those of the first record stand under the last one's prompt."""
+    assert ids(mismatched(LABELS)) == [[1, 2, 12], [3, 13, 14], [4, 5, 20], [3, 24]]
+    assert [row.response_mask.index(True) for row in mismatched(LABELS)] == [2, 1, 2, 1]
+    assert ids(mismatched(PAIRS)) == [[3, 10, 11], [1, 2, 12], [3, 20], [1, 2, 21, 22, 23]]
     asked = []
 
     def policy(rows):
@@ -90,8 +91,8 @@ def test_a_prompt_is_held_against_the_next_records_response():
         return torch.zeros(len(rows))
 
     made = inputs_of(label_inputs, LABELS, policy=policy)
-    assert asked == [[[1, 2, 12], [3, 13, 14], [4, 5, 20]]]
-    assert made.mismatched_log_ratios.tolist() == [12.0, 13.0, 20.0]
+    assert asked == [ids(mismatched(LABELS))]
+    assert made.mismatched_log_ratios.tolist() == [12.0, 13.0, 20.0, 24.0]
 
 
 def test_labels_without_a_reference_are_a_mistake_of_the_caller():
