@@ -244,5 +244,5 @@ def test_the_commands_of_the_page_run(aapa, monkeypatch):
         code, said = aapa(*command.split()[1:])
         assert code == 0, (command, said)
     assert len(commands) == 10
-    assert sides("pairs.jsonl") == [("one", "two, too"), ("none", "commas, too")]
+    assert sides("pairs.jsonl") == [("one", "two, too"), ("one", ""), ("none", "commas, too")]
     assert [row["response"] for row in rows_of("best.jsonl")] == ["two, too", "one", "commas, too"]
