@@ -21,6 +21,8 @@ class AapaDataModule(L.LightningDataModule):
         val: validation records; None splits ``val_fraction`` of the prompts off ``train``.
         test: test records; None tests on the validation split.
         demonstrations: what is imitated (SFT, CHORD); None takes ``train``.
+        golden: pairs of an expert's response (chosen) and a policy's (rejected) that a reward model is also trained on.
+        golden_val: such pairs of other prompts, measured with the validation and the test split.
         experts: a response file whose responses become the experts of all splits, joined by key or prompt.
         columns: fields that have another name in the files, field to column: ``{"expert": "response"}``.
         missing_experts: what happens to a record without an expert response when ``experts`` is given: ``error``, or ``drop`` it.
@@ -35,6 +37,8 @@ class AapaDataModule(L.LightningDataModule):
         val: str | Path | Sequence[Record] | None = None,
         test: str | Path | Sequence[Record] | None = None,
         demonstrations: str | Path | Sequence[Record] | None = None,
+        golden: str | Path | Sequence[Record] | None = None,
+        golden_val: str | Path | Sequence[Record] | None = None,
         experts: str | None = None,
         columns: dict[str, str] | None = None,
         missing_experts: Literal["error", "drop"] = "error",
@@ -43,6 +47,7 @@ class AapaDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()  # Path among the types keeps the command line from reading a dataset as a configuration
         self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
+        self._sources |= {"golden": golden, "golden_val": golden_val}
         self._experts = experts
         self._columns = columns
         self._missing_experts = missing_experts
@@ -57,6 +62,8 @@ class AapaDataModule(L.LightningDataModule):
         splits = {name: self._read(source) for name, source in self._sources.items() if source is not None}
         if "val" not in splits and self._val_fraction and "train" in splits:
             splits["train"], splits["val"] = split_records(splits["train"], self._val_fraction, self._seed)
+        if "golden_val" in splits and not {"val", "test"} & splits.keys():
+            raise ConfigError("data.golden_val: expected `val` or `test` beside it, whose evaluation it joins, found neither")
         self._splits = splits
 
     def _read(self, source: str | Path | Sequence[Record]) -> Sequence[Record]:
@@ -83,12 +90,17 @@ class AapaDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Batches of the validation split; none without one."""
-        return self._module().eval_loader(self._splits["val"]) if "val" in self._splits else []
+        return self._eval_loaders("val") if "val" in self._splits else []
 
     def test_dataloader(self) -> Any:
         """Batches of the test split, or of the validation split."""
         name = next((name for name in ("test", "val") if name in self._splits), "test")
-        return self._module().eval_loader(self._require(name))
+        return self._eval_loaders(name)
+
+    def _eval_loaders(self, name: str) -> Any:
+        splits = [self._require(name)] + ([self._splits["golden_val"]] if "golden_val" in self._splits else [])
+        loaders = [self._module().eval_loader(records) for records in splits]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def predict_dataloader(self) -> Any:
         """Batches of the test split if there is one, else of the validation, else of the training split."""
@@ -98,4 +110,8 @@ class AapaDataModule(L.LightningDataModule):
     def _module(self) -> Any:
         if self.trainer is None:
             raise ConfigError("data: AapaDataModule is used by a Trainer; in a loop of your own use WindowLoader and EvalLoader")
-        return self.trainer.lightning_module
+        module: Any = self.trainer.lightning_module
+        golden = [name for name in ("golden", "golden_val") if name in self._splits]
+        if golden and not getattr(module, "takes_golden", False):
+            raise ConfigError(f"data.{golden[0]}: expected a RewardModelModule, found {type(module).__name__}; leave data.{golden[0]} out")
+        return module

@@ -1,0 +1,97 @@
+"""A sequence classifier with one output, to be trained: out of a causal LM, an encoder, an earlier classifier, or from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype, resolve_attention
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_classifier(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load ``AutoModelForSequenceClassification`` with one output, and its tokenizer.
+
+    The head of a folder that has one is kept; else it is drawn from ``spec.seed``. Padding is the tokenizer's, or else its EOS.
+
+    Args:
+        spec: any causal LM or encoder, or a classifier with one output; without ``model`` one from scratch.
+
+    Raises:
+        ConfigError: nothing to load, no such classifier, several outputs, body weights missing, or a vocabulary that lacks tokens.
+    """
+    tokenizer = _load_tokenizer(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = _build(spec, tokenizer)
+    vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"base: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; use the model's own tokenizer"
+        )
+    model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # a classifier finds its last token by this id
+    if spec.disable_dropout:
+        disable_dropout(model)
+    if spec.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Id that fills up a batch, as ``ValueModel`` chooses it."""
+    return int((tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    source = spec.tokenizer or spec.model
+    if source is None:
+        raise ConfigError("base: expected `model` (a folder or name), or `config` and `tokenizer`, found neither")
+    tokenizer = _loading(
+        lambda: AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code),
+        f"tokenizer: cannot load a tokenizer from {source!r}",
+    )
+    if len(tokenizer) == len(set(tokenizer.all_special_ids)):  # transformers makes an empty one where the files are missing
+        raise ConfigError(f"base.tokenizer: cannot load a tokenizer from {source!r}: it holds no tokens; set `tokenizer`")
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _build(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    dtype = parse_dtype(spec.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": resolve_attention(spec.attn_implementation, dtype)}
+    if spec.model is None:
+        settings = {"vocab_size": len(tokenizer), "pad_token_id": padding_id(tokenizer), **(spec.config or {}), "num_labels": 1}
+        if "model_type" not in settings:
+            raise ConfigError("base: expected `model` (a folder or name) or `config` with `model_type`, found neither")
+
+        def from_scratch() -> Any:
+            return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**settings), **options)
+
+        return cast("PreTrainedModel", _loading(from_scratch, "config: cannot build a sequence classifier"))
+    source = spec.model
+    options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code, **(spec.config or {}), "num_labels": 1}
+    model, info = _loading(
+        lambda: AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **options),
+        f"model: cannot load a sequence classifier with one output from {spec.model!r}",
+    )
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name)
+    if missing:
+        raise ConfigError(f"base.model: {spec.model!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)")
+    return cast("PreTrainedModel", model)
+
+
+def _loading(load: Callable[[], Any], what: str) -> Any:
+    try:
+        return load()
+    except Exception as error:  # transformers, safetensors, the Hub client and the model's own code raise errors of their own
+        text = " ".join(str(error).split())
+        raise ConfigError(f"base.{what}: {type(error).__name__}: {text[:300]}") from error

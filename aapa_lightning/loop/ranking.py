@@ -1,0 +1,104 @@
+"""Pairs for a reward model: the text it reads, its tokens, and one forward over chosen and rejected responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.anchor.polar import answer_of
+from aapa_lightning.anchor.reference_text import template_text
+from aapa_lightning.data.records import take
+from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.loop.classifier import padding_id
+from aapa_lightning.types import Record, pad_right
+
+#: What happens to a pair of which something would be cut.
+OVERLONG = {"truncate": "cut it", "drop": "leave it out", "error": "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class RankingPair:
+    """A record's two responses as a reward model reads them.
+
+    Args:
+        chosen: token ids.
+        rejected: token ids.
+    """
+
+    chosen: list[int]
+    rejected: list[int]
+
+
+class PairEncoder:
+    """Makes a reward model's input exactly as ``RewardModelDiscriminator`` makes it, so that training and scoring see the same tokens.
+
+    Thinking and white space around a response are cut off. A response loses its end beyond ``max_response_tokens``, the prompt its
+    beginning beyond what is left of ``max_tokens``.
+
+    Args:
+        tokenizer: the reward model's.
+        template: text with ``{response}``, and ``{prompt}`` where wanted.
+        max_tokens: limit of the whole.
+        max_response_tokens: limit of a response.
+
+    Raises:
+        ConfigError: a template without ``{response}`` or with ``{reference}``.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, max_tokens: int, max_response_tokens: int) -> None:
+        if "{response}" not in template or "{reference}" in template:
+            raise ConfigError(
+                "template: expected {response}, {prompt} where wanted and no {reference} (pairs are compared with each other), found "
+                f"{template!r}"
+            )
+        self.tokenizer, self.template = tokenizer, template
+        self.limits = {"max_tokens": max_tokens, "max_response_tokens": max_response_tokens}
+
+    def text(self, record: Record, response: str, *, whole: bool = False) -> str:
+        """The input; ``whole`` cuts nothing."""
+        limits = dict.fromkeys(self.limits, 2**31) if whole else self.limits
+        return template_text(self.template, record.prompt, "", answer_of(response), self.tokenizer, **limits)
+
+    def encode(self, record: Record) -> RankingPair:
+        """Tokens of a record with both responses. Raises DataError for an input of no tokens."""
+        chosen, rejected = (self._ids(record, response) for response in (record.chosen, record.rejected))
+        return RankingPair(chosen, rejected)
+
+    def _ids(self, record: Record, response: str | None) -> list[int]:
+        text = self.text(record, response or "")
+        ids = list(self.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+        if not ids:
+            raise DataError(f"{record.source}: the reward model's input has no tokens; expected text around {{response}} in the template")
+        return ids
+
+    def select(self, records: Sequence[Record], overlong: str) -> Sequence[Record]:
+        """Records as ``overlong`` has them: all (``truncate``), those that fit (``drop``), or a DataError for one that does not."""
+        choose(OVERLONG, overlong, "overlong")
+        if overlong == "truncate":
+            return records
+        kept = [i for i, record in enumerate(records) if self._fits(record)]
+        if len(kept) == len(records):
+            return records
+        if overlong == "drop" and kept:
+            return take(records, kept)
+        first = records[min(set(range(len(records))) - set(kept))]
+        raise DataError(
+            f"{first.source}: the pair has more than max_tokens={self.limits['max_tokens']} tokens, or a response more than "
+            f"max_response_tokens={self.limits['max_response_tokens']} ({len(records) - len(kept)} of {len(records)} pairs do); raise the "
+            "limits, or set overlong to truncate" + (" or drop" if kept else "")
+        )
+
+    def _fits(self, record: Record) -> bool:
+        return all(self.text(record, text or "") == self.text(record, text or "", whole=True) for text in (record.chosen, record.rejected))
+
+
+def pair_scores(model: nn.Module, tokenizer: Any, pairs: Sequence[RankingPair], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and of the rejected responses, float32 ``[B]`` each, in one forward."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    ids, mask = pad_right(rows, padding_id(tokenizer)), pad_right([[1] * len(row) for row in rows], 0)
+    scores = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.squeeze(-1).float()
+    return scores[: len(pairs)], scores[len(pairs) :]
