@@ -189,7 +189,7 @@ def as_schedule(weight: Schedule | float) -> Schedule:
 def _weight(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ConfigError(
-            f"the anchor's weight expects finite numbers >= 0 (0 scores and logs without training on it), found {name}={value}"
+            f"the weight of a loss term expects finite numbers >= 0 (at 0 it is logged and not trained on), found {name}={value}"
         )
     return float(value)
 

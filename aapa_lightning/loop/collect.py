@@ -76,8 +76,8 @@ def collect(
         seed: seed of the run.
         window: number of the window.
         rewards: the task's rewards; None gives task advantages of 0 (SFT).
-        rewarded: how many of the requests, from the first, the rewards and the guard look at; None for all. The responses to the others
-            have rewards of NaN and task advantages of 0.
+        rewarded: how many of the requests, from the first, the rewards, the guard and all metrics but the anchor's look at; None for all.
+            The responses to the others have rewards of NaN and task advantages of 0.
         anchor: scores the rollouts and takes the guard's measures, which ``anchor.advance`` acts on; None for none.
         anchor_weight: lambda at the window's first step, used where the anchor is combined with the reward.
         options: advantage options.
@@ -111,7 +111,7 @@ def collect(
         width = task.response_ids.shape[1]
         columns, weights = _shape(columns, weights, task, options, _cut(old, rows, width), _cut(reference, rows, width))
         if anchor is not None and signal is not None and anchor.combine == "reward":
-            columns, weights = combine_rewards(columns, weights, signal, anchor_weight)
+            columns, weights = combine_rewards(columns, weights, first_responses(signal, len(task)), anchor_weight)
         advantages, found = task_advantages(
             columns,
             weights,
@@ -124,8 +124,8 @@ def collect(
     # the task's own mean reward stays, without what the anchor or a KL put into it
     metrics = (found if rewards is not None else {}) | metrics
     metrics |= {
-        "response_length": float(rollouts.lengths.float().mean()),
-        "truncated": float(rollouts.truncated.float().mean()),
+        "response_length": float(task.lengths.float().mean()),
+        "truncated": float(task.truncated.float().mean()),
     }
     return Experience(
         rollouts=rollouts,

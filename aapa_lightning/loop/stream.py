@@ -18,14 +18,17 @@ class RecordStream:
     Args:
         records: the dataset.
         seed: seed of the permutations; two streams with equal seeds over equally long datasets are aligned.
+        name: what errors call the dataset.
 
     Raises:
         DataError: the dataset is empty.
     """
 
-    def __init__(self, records: Sequence[Record], seed: int = 0) -> None:
+    def __init__(self, records: Sequence[Record], seed: int = 0, name: str = "the dataset") -> None:
         if len(records) == 0:
-            raise DataError("expected at least one record to train on, found an empty dataset")
+            raise DataError(
+                f"{name}: expected at least one record to train on, found an empty dataset; give it records, or leave fewer out"
+            )
         self.records = records
         self.seed = seed
         self._passes: dict[int, Tensor] = {}

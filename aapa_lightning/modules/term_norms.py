@@ -35,7 +35,9 @@ class TermNorms:
             self._gradients[term.name] = self._gradients.get(term.name, 0.0) + gradient
 
     def compute(self, sum_over_ranks: SumOverRanks) -> dict[str, float]:
-        """``grad_norm/NAME`` of every term, weight included, over micro-steps and ranks; empties itself."""
+        """``grad_norm/NAME`` of every term, weight included, over micro-steps and ranks; empties itself. All ranks call it together."""
+        if not self._gradients:
+            return {}
         ranks = int(sum_over_ranks(torch.ones(())))
         found = {
             f"grad_norm/{name}": float((sum_over_ranks(gradient) / (self._micro_steps * ranks)).norm())

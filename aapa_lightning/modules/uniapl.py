@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
@@ -26,7 +24,7 @@ class UniAPLModule(GRPOModule):
     adversarial term (with an ``AnchorCallback``; lambda is its weight) those of the rollouts to the prompts of *both*. Without an anchor
     no responses are sampled to the demonstrations. The guard and the rewards look at the prompts of ``train`` alone.
 
-    Without ``demonstrations_per_step`` it is GRPO times w; with w = 0 and no anchor it is SFT, on the same steps bit for bit.
+    Without ``demonstrations_per_step`` it is GRPO times w. With w = 0, and no anchor or one of weight 0, it is SFT bit for bit.
 
     Args:
         policy: which model to train.
@@ -56,15 +54,18 @@ class UniAPLModule(GRPOModule):
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """Imitation, GRPO's terms, and the adversarial term over the rollouts of both."""
-        weight = self.rl_weight.weight(self.global_step)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (weight != 0 or self.anchor_weight() != 0)):
-            terms = self.policy_terms(window, micro_step, weight)
-        if not self.demonstrations_per_step:
-            return terms
+        # imitation comes first: dropout then draws what it draws in SFT
+        imitation = [self._imitation(window, micro_step)] if self.demonstrations_per_step else []
+        terms = imitation + self.policy_terms(window, micro_step, self.rl_weight.weight(self.global_step))
+        if imitation and self.anchor is not None:
+            terms[-1] = join_terms(terms[-1], self.sampled_anchor_term(window, micro_step, self._surrogate))
+        return terms
+
+    def _imitation(self, window: Window, micro_step: int) -> LossTerm:
         rows, counts = window.demonstrations_of(micro_step)
         logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
-        terms.insert(0, LossTerm("sft", sft_loss(logprobs, mask), mask, counts))
-        if self.anchor is not None:
-            sampled = self.sampled_anchor_term(window, micro_step, self._surrogate)
-            terms[-1] = join_terms(terms[-1], sampled)
-        return terms
+        return LossTerm("sft", sft_loss(logprobs, mask), mask, counts)
+
+    def step_metrics(self) -> dict[str, float]:
+        """w, and lambda where there is an anchor."""
+        return {"rl_weight": self.rl_weight.weight(self.global_step)} | super().step_metrics()

@@ -140,8 +140,8 @@ class WindowedModule(L.LightningModule):
         loader = WindowLoader(
             plan,
             trainer.global_rank,
-            prompts=RecordStream(prompts, self.seed) if plan.prompts else None,
-            demonstrations=RecordStream(demonstrations, self.seed) if plan.demonstrations else None,
+            prompts=RecordStream(prompts, self.seed, "data.train") if plan.prompts else None,
+            demonstrations=RecordStream(demonstrations, self.seed, "data.demonstrations (or train)") if plan.demonstrations else None,
             position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
         )
         self._check_trainer(plan, len(loader))
@@ -226,9 +226,16 @@ class WindowedModule(L.LightningModule):
             self._meter.add_means(self._window.metrics)
         metrics = self._meter.compute(self.sum_over_ranks, self.device)
         metrics |= {"grad_norm": float(norm), "skipped_steps": float(self.skipped.total + (not finite))}
-        metrics |= self._term_norms.compute(self.sum_over_ranks) | self.step_metrics()
+        metrics |= self.step_metrics()
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})  # of all ranks already
+        self._log_term_norms()
         self.skipped.record(finite, f"step {self.global_step} (window {self._window.number if self._window else 0})")
+
+    def _log_term_norms(self) -> None:
+        norms = self._term_norms.compute(self.sum_over_ranks)
+        # past Lightning's log, which repeats a value at all later steps of the epoch
+        for logger in self.loggers if norms else ():
+            logger.log_metrics({f"train/{name}": value for name, value in norms.items()}, step=self.global_step)
 
     @property
     def window(self) -> Any:

@@ -7,7 +7,7 @@ import torch
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.collect import AdvantageOptions, collect
-from aapa_lightning.loop.experience import Experience
+from aapa_lightning.loop.experience import Experience, slice_rollouts
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
@@ -157,6 +157,43 @@ def test_the_anchor_as_a_reward(rollouts) -> None:
     assert experience.rewards[:, 1].tolist() == [0.5, -1.0, 2.0, 0.0]
     off = run(rollouts, anchor=anchor(combine="reward"), anchor_weight=0.0, options=options)
     assert torch.equal(off.advantages, run(rollouts, options=options).advantages)
+
+
+def test_only_the_first_requests_are_rewarded(rollouts) -> None:
+    """The task is worked out from the first group alone, whatever the second group's responses are; the anchor scores both."""
+    rewards, options = RewardSet([Length(), Even()], [1.0, 10.0]), AdvantageOptions(scale="batch", reward_kl=0.5)
+    old = torch.arange(20.0).reshape(4, 5) / 10
+    rescored = {"rescore": lambda found: (old[: len(found)], old[: len(found)] - 0.1), "rewards": rewards, "options": options}
+    watched = []
+
+    class Watched(AnchorTerm):
+        def observe(self, rollouts, signal, task_rewards=None, **kwargs):
+            watched.append((rollouts, signal, task_rewards))
+            return super().observe(rollouts, signal, task_rewards, **kwargs)
+
+    term = Watched(FakeDiscriminator(), transform="score", scale="fixed")
+    experience = run(rollouts, rewarded=1, anchor=term, anchor_weight=0.3, **rescored)
+    first = slice_rollouts(rollouts, slice(2))
+    alone = collect(REQUESTS[:1], engine=FakeEngine(first), sampling=SamplingParams(), seed=0, window=0, **rescored)
+    assert torch.equal(experience.advantages, torch.cat([alone.advantages, torch.zeros(2)]))
+    assert torch.equal(experience.rewards[:2], alone.rewards)
+    assert experience.rewards.shape == (4, 3)
+    assert experience.rewards[2:].isnan().all()
+    assert {name: experience.metrics[name] for name in alone.metrics} == alone.metrics
+    assert torch.equal(experience.scores, FakeDiscriminator.logits)
+    assert experience.anchor_advantages[2:, 0].tolist() == [1.0, -1.0]
+    assert torch.equal(experience.loss_mask, rollouts.response_mask)
+    assert torch.equal(experience.old_logprobs, old)
+    ((seen, signal, totals),) = watched
+    assert seen.texts == first.texts
+    assert torch.equal(signal.scores, FakeDiscriminator.logits[:2])
+    assert totals.tolist() == pytest.approx([12.0, 14.0])
+
+
+def test_the_anchor_as_a_reward_of_the_first_requests(rollouts) -> None:
+    experience = run(rollouts, rewarded=1, anchor=anchor(combine="reward"), anchor_weight=2.0, options=AdvantageOptions(scale="none"))
+    assert experience.rewards[:2].tolist() == [[2.0, 0.5], [4.0, -1.0]]
+    assert experience.advantages.tolist() == pytest.approx([0.5, -0.5, 0.0, 0.0])
 
 
 def test_truncated_sampling_warns(rollouts) -> None:

@@ -57,7 +57,8 @@ def run(job: dict, rank: int, world_size: int) -> None:
     callbacks = [kit.make_anchor(**job["anchor"])] if "anchor" in job else []
     callbacks += [KillAt(*job["kill"])] if "kill" in job else []
     callbacks += [PoisonAt(*job["poison"])] if "poison" in job else []
-    options = dict(job.get("trainer", {}))
+    rows = kit.Rows()
+    options = {"logger": rows} | job.get("trainer", {})
     if folder is not None:
         callbacks += [RunFolder(folder, "a: 1\n"), RunCheckpoint(every_n_steps=1, keep="all")]
         options |= {
@@ -71,8 +72,9 @@ def run(job: dict, rank: int, world_size: int) -> None:
     )
     module = kit.make_module(job["module"], PolicySpec(job["policy"]), **job.get("options", {}))
     val = kit.make_records(3) if job.get("val") else None
+    demonstrations = kit.make_records(19)[12:] if job.get("demonstrations") else None
     try:
-        kit.fit(module, trainer, val=val, ckpt=job.get("ckpt"))
+        kit.fit(module, trainer, demonstrations=demonstrations, val=val, ckpt=job.get("ckpt"))
     except AapaError as error:
         result = {"error": str(error)}
     else:
@@ -81,6 +83,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
             "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0])["state"],
             "seen": module.rewards.rewards[0].seen if module.rewards else [],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "norms": [row for _, row in rows.rows if "train/grad_norm/sft" in row],
             "judge": callbacks[0].discriminator.fingerprint() if "anchor" in job else "",
         }
     torch.save(result, f"{job['out']}.rank{rank}")

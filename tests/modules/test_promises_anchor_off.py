@@ -19,7 +19,8 @@ WINDOWS = [
     ({"ratio_level": "sequence", "aggregation": "grpo", "beta": 0.1, "entropy_coef": 0.01}, {"accumulate": 1}),
 ]
 CASES = [("sft", *case) for case in SHAPES] + [(name, *case) for name in ("grpo", "chord") for case in SHAPES + WINDOWS]
-COMBINES = {"sft": ["loss"], "grpo": ["loss", "advantage", "reward"], "chord": ["loss", "advantage", "reward"]}
+CASES += [("uniapl", *case) for case in (SHAPES[1], WINDOWS[0])]
+COMBINES = {"sft": ["loss"], "grpo": ["loss", "advantage", "reward"], "chord": ["loss", "advantage", "reward"], "uniapl": ["loss"]}
 
 
 @pytest.mark.parametrize(("name", "options", "trainer"), CASES)
@@ -43,7 +44,7 @@ def test_weight_zero_is_the_bare_objective(kit, spec, same, differ, name, option
             assert {key: after[key] for key in before} == before
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo", "chord"])
+@pytest.mark.parametrize("name", list(COMBINES))
 def test_anchor_moves_the_policy_but_not_its_discriminator(kit, spec, differ, name):
     bare = kit.weights(kit.fit(kit.make_module(name, spec), kit.make_trainer(3)))
     for combine in COMBINES[name]:

@@ -9,7 +9,7 @@ from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.terms import total_loss
 
 OPTIONS = [{}, {"aggregation": "grpo", "ratio_level": "sequence"}, {"aggregation": "dr_grpo", "beta": 0.1, "entropy_coef": 0.01}]
-CASES = [("sft", {}), *((name, options) for name in ("grpo", "chord") for options in OPTIONS)]
+CASES = [("sft", {}), *((name, options) for name in ("grpo", "chord", "uniapl") for options in OPTIONS)]
 
 
 def _window(kit, spec, name, **options):
@@ -78,7 +78,7 @@ class _Uncut:
         self.experience = experience
 
     def rows(self, rows):
-        return self.experience
+        return _permute(self.experience, torch.arange(len(self.experience))[rows])
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -89,7 +89,8 @@ def test_padding_and_order_of_rollouts(kit, spec, name, options):
     assert len(set(window.experience.rollouts.lengths.tolist())) > 2
     module._trainer = None  # what follows runs outside of the trainer, at optimiser step 0
     loss, values, gradient = _loss_and_gradient(module, window)
-    order = torch.randperm(len(window.experience), generator=torch.Generator().manual_seed(0))
+    parts = (window.plan.prompt_rows(0), window.plan.demonstration_rows(0) if window.plan.sample_demonstrations else slice(0, 0))
+    order = torch.cat([torch.randperm(part.stop - part.start, generator=torch.Generator().manual_seed(0)) + part.start for part in parts])
     padded = replace(window, experience=_Uncut(_pad(window.experience, 3, 4)))
     shuffled = replace(window, experience=_permute(window.experience, order), demonstrations=window.demonstrations[::-1])
     for changed in (padded, shuffled):

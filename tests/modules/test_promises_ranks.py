@@ -13,7 +13,12 @@ import torch
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 #: One optimiser step holds eight prompts (demonstrations): 1 x 1, 1 x 4 micro-steps and 2 ranks x 2 micro-steps share them.
-SIZES = {"sft": {"batch_size": 8}, "grpo": {"prompts_per_window": 8}, "chord": {"prompts_per_window": 8, "expert_batch_size": 8}}
+SIZES = {
+    "sft": {"batch_size": 8},
+    "grpo": {"prompts_per_window": 8},
+    "chord": {"prompts_per_window": 8, "expert_batch_size": 8},
+    "uniapl": {"prompts_per_window": 8, "demonstrations_per_step": 8},
+}
 EQUAL = {
     "sft": ("sft", {}, None),
     "sft anchored": ("sft", {}, {"scale": "batch"}),
@@ -23,6 +28,8 @@ EQUAL = {
     "gspo": ("grpo", {"aggregation": "grpo", "ratio_level": "sequence", "entropy_coef": 0.01}, None),
     "grpo passes": ("grpo", {"updates_per_window": 2, "minibatches": 2}, {"scale": "batch", "granularity": "sentence"}),
     "chord": ("chord", {}, {"scale": "batch", "combine": "advantage"}),
+    "uniapl": ("uniapl", {"rl_weight": 0.6, "term_norms_every": 1}, {"scale": "batch"}),
+    "uniapl grpo": ("uniapl", {"aggregation": "grpo", "mask_truncated": True}, {"granularity": "sentence"}),
 }
 #: Two minibatches leave each micro-step half the prompts.
 WIDE = {"grpo passes": {"prompts_per_window": 16}}
@@ -31,7 +38,7 @@ WIDE = {"grpo passes": {"prompts_per_window": 16}}
 def _job(key, folder, policy, steps=2, **trainer):
     name, options, anchor = EQUAL[key]
     job = {"module": name, "options": SIZES[name] | options | {"sgd": True} | WIDE.get(key, {}), "policy": policy}
-    job |= {"trainer": {"max_steps": steps, **trainer}, "out": str(folder / key)}
+    job |= {"trainer": {"max_steps": steps, **trainer}, "out": str(folder / key), "demonstrations": name == "uniapl"}
     return job | ({"anchor": {"weight": 0.7, **anchor}} if anchor else {})
 
 
@@ -89,6 +96,7 @@ def first_launch(tmp_path_factory, tiny_model_dir):
 def test_ranks_and_accumulation_do_not_change_the_gradient(first_launch, worker, tmp_path, tiny_model_dir, key):
     two = load(first_launch / f"{key}.rank0")
     torch.testing.assert_close(two["weights"], load(first_launch / f"{key}.rank1")["weights"], rtol=0, atol=0)
+    assert len(two["norms"]) == (2 if "term_norms_every" in EQUAL[key][1] else 0)
     seen = two["seen"] + load(first_launch / f"{key}.rank1")["seen"]
     for accumulate in (1, 4):
         worker.run(_job(key, tmp_path, str(tiny_model_dir), accumulate=accumulate), 0, 1)
@@ -96,6 +104,7 @@ def test_ranks_and_accumulation_do_not_change_the_gradient(first_launch, worker,
         assert sorted(one["seen"]) == sorted(seen)
         torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=1e-5)
         # the one figure that is a mean over tokens taken rank by rank
+        assert one["norms"] == [pytest.approx(row, rel=1e-3, abs=1e-5) for row in two["norms"]]
         logged = {name: value for name, value in one["metrics"].items() if name != "train/anchor/advantage_abs"}
         assert logged == pytest.approx({name: two["metrics"][name] for name in logged}, rel=1e-3, abs=1e-4)
     start = worker.kit.make_module(EQUAL[key][0], worker.PolicySpec(str(tiny_model_dir)))

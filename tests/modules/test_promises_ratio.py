@@ -23,7 +23,7 @@ def _ratios(kit, spec, name, steps, anchor=False, trainer=None, **options):
     return seen, [row for _, row in rows.rows]
 
 
-@pytest.mark.parametrize("name", ["grpo", "chord"])
+@pytest.mark.parametrize("name", ["grpo", "chord", "uniapl"])
 @pytest.mark.parametrize("options", [{}, {"ratio_level": "sequence", "aggregation": "grpo"}, {"beta": 0.1, "reward_kl": 0.1}])
 def test_one_update_per_window(kit, spec, name, options):
     seen, rows = _ratios(kit, spec, name, 3, anchor=True, trainer={"accumulate": 2}, **options)
@@ -52,6 +52,22 @@ def test_several_passes_start_at_one_and_move(kit, spec, trainer):
             assert (ratio != 1).any()
     assert [row["train/policy/ratio"] == 1.0 for row in rows] == [True, False, False] * 2
     assert max(row["train/policy/clip_fraction"] for row in rows) > 0
+
+
+def test_rollouts_of_demonstrations_in_later_minibatches_are_old(kit, spec):
+    """UniAPL: a window's rollouts to its demonstrations were drawn before the first of its steps, and are trained on once each."""
+    rows, ratios = kit.Rows(), []
+    module = kit.make_module("uniapl", spec, minibatches=2, updates_per_window=2)
+    plain = module.sampled_anchor_term
+
+    def watched(*args):
+        term = plain(*args)
+        ratios.append(term.outputs.metrics["ratio"][term.mask])
+        return term
+
+    module.sampled_anchor_term = watched
+    kit.fit(module, kit.make_trainer(5, callbacks=[kit.make_anchor()], logger=rows))
+    assert [bool((ratio == 1).all()) for ratio in ratios] == [True, False, False, False, True]
 
 
 def test_first_minibatch_starts_at_one(kit, spec):

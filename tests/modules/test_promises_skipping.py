@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-CASES = [("sft", {}), ("grpo", {}), ("grpo", {"minibatches": 2, "updates_per_window": 2}), ("chord", {})]
+CASES = [("sft", {}), ("grpo", {}), ("grpo", {"minibatches": 2, "updates_per_window": 2}), ("chord", {}), ("uniapl", {})]
 
 
 class Poison(L.Callback):

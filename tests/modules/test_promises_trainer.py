@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.types import Record
 
-NAMES = ["sft", "grpo", "chord"]
+NAMES = ["sft", "grpo", "chord", "uniapl"]
 
 
 def _prompts(module, start=0):
@@ -142,7 +142,7 @@ def test_refusals_of_every_module(kit, spec, name):
     _refused(kit, spec, name, "empty dataset", error=DataError, data=[])
 
 
-@pytest.mark.parametrize("name", ["sft", "chord"])
+@pytest.mark.parametrize("name", ["sft", "chord", "uniapl"])
 def test_missing_experts_name_the_line(kit, spec, name):
     data = [*kit.make_records(5), Record("Describe the harbor", source="train.jsonl:6")]
     _refused(kit, spec, name, r"train\.jsonl:6", error=DataError, data=data)
