@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
-from aapa_lightning.anchor.signal import AnchorOptions, build_signal, combine_advantages, combine_rewards, zero_variance_counts
+from aapa_lightning.anchor.signal import (
+    AnchorOptions,
+    build_signal,
+    combine_advantages,
+    combine_rewards,
+    first_responses,
+    zero_variance_counts,
+)
 from aapa_lightning.errors import ConfigError
 
 TEXTS = ["One two. Three four five.", "Six seven.", "Eight.", "Nine ten. Eleven."]
@@ -42,6 +49,21 @@ def test_dropped_rows_leave_the_statistics(make_rollouts):
     assert signal.metrics["dropped_share"] == 0.25
     kept = signal_of(rollouts, logits, transform="score", scale="fixed")
     assert kept.scores[2] == -100
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_the_signal_of_the_first_responses(make_rollouts, count):
+    signal = signal_of(make_rollouts(TEXTS, [0, 0, 1, 1]), [1.0, 3.0, 4.0, -1.0, 0.0, -2.0], transform="score", granularity="sentence")
+    first = first_responses(signal, count)
+    sentences = [0, 2, 3, 4, 6][count]
+    assert torch.equal(first.logits, signal.logits[:sentences])
+    assert torch.equal(first.scores, signal.scores[:count])
+    assert torch.equal(first.advantages, signal.advantages[:count])
+    assert first.metrics == signal.metrics
+    assert first.spans.response_index.tolist() == [0, 0, 1, 2, 3, 3][:sentences]
+    assert torch.equal(first.spans.token_counts, signal.spans.token_counts[:sentences])
+    assert torch.equal(first.spans.token_sentence, signal.spans.token_sentence[:count])
+    assert first.spans.char_spans == signal.spans.char_spans[:count]
 
 
 def test_combining_advantages(make_rollouts):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,39 @@ def test_every_micro_step_has_its_share_and_its_place(plan: WindowPlan) -> None:
         first = plan.minibatch_of(micro_step) * size
         assert set(trained(plan, plan.world_size - 1, micro_step)) <= set(range(first, first + size))
     assert plan.locate(3 * plan.micro_steps_per_window + 1) == divmod(3 * plan.micro_steps_per_window + 1, plan.micro_steps_per_window)
+
+
+@given(plans(), st.booleans())
+def test_rows_are_those_of_prompts_then_of_demonstrations(plan: WindowPlan, sampled: bool) -> None:
+    """A rank's rollouts hold every row once: all prompts', in every pass anew, then each micro-step's demonstrations'."""
+    plan = replace(plan, sample_demonstrations=sampled)
+    micro_steps = range(plan.micro_steps_per_window)
+    prompts = plan.samples * len(plan.prompt_slots(0))
+    per_pass = plan.minibatches * plan.accumulate
+    for number in range(plan.passes):
+        rows = [i for m in micro_steps[number * per_pass :][:per_pass] for i in range(prompts)[plan.prompt_rows(m)]]
+        assert rows == list(range(prompts))
+    others = plan.samples * len(plan.demonstration_places(0))
+    assert [i for m in micro_steps for i in range(prompts + others)[plan.demonstration_rows(m)]] == list(range(prompts, prompts + others))
+    for m in micro_steps:
+        slots = plan.prompt_slots(0)[plan.prompt_slice(m)]
+        assert plan.prompt_rows(m).stop - plan.prompt_rows(m).start == plan.samples * len(slots)
+        assert plan.demonstration_rows(m).stop - plan.demonstration_rows(m).start == plan.samples * plan.demonstrations_per_slice
+
+
+@given(plans())
+def test_places_of_ranks_partition_the_demonstrations_of_a_window(plan: WindowPlan) -> None:
+    places = sorted(place for rank in range(plan.world_size) for place in plan.demonstration_places(rank))
+    assert places == list(range(plan.demonstrations * plan.steps_per_window))
+
+
+def test_what_generates() -> None:
+    assert WindowPlan(demonstrations=2, sample_demonstrations=True).generates
+    assert not WindowPlan(demonstrations=2).generates
+    assert WindowPlan(prompts=2, sample_demonstrations=True).generates
+    # four prompts of three samples; then three samples to each of the two demonstrations of every step
+    plan = WindowPlan(prompts=4, samples=3, minibatches=2, demonstrations=2, sample_demonstrations=True, accumulate=2)
+    assert [plan.demonstration_rows(m) for m in range(4)] == [slice(12, 15), slice(15, 18), slice(18, 21), slice(21, 24)]
 
 
 @given(plans(), st.integers(0, 3))

@@ -44,5 +44,5 @@ def test_few_permutations_are_kept() -> None:
 
 
 def test_an_empty_dataset_is_refused() -> None:
-    with pytest.raises(DataError, match="empty dataset"):
-        stream(0)
+    with pytest.raises(DataError, match=r"^data\.train: expected at least one record .* empty dataset"):
+        RecordStream([], 0, "data.train")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from aapa_lightning.loop.terms import LossTerm, total_loss
+from aapa_lightning.loop.terms import LossTerm, join_terms, total_loss
 from aapa_lightning.reduce import StepCounts
 from aapa_lightning.types import LossOutputs
 
@@ -71,3 +71,54 @@ def test_without_gradients_there_is_no_graph(parameters) -> None:
     with torch.no_grad():
         total, _ = total_loss([term("a", parameters.exp())], 1.0)
     assert not total.requires_grad
+
+
+def joined(weight: float = 0.3, **kwargs) -> tuple[LossTerm, LossTerm, LossTerm]:
+    """Rows of unequal widths, with rubbish on the padding of the narrower ones."""
+    wide = LossTerm(
+        "a", LossOutputs(torch.tensor([[1.0, 2.0, 9.0]]), {"ratio": torch.ones(1, 3)}), MASK[:1], COUNTS, weight=weight, **kwargs
+    )
+    narrow_mask = torch.tensor([[True, False], [True, True]])
+    metrics = {"ratio": torch.full((2, 2), 2.0)}
+    narrow = LossTerm(
+        "b", LossOutputs(torch.tensor([[4.0, float("nan")], [5.0, 6.0]]), metrics), narrow_mask, StepCounts(5.0, 4.0), weight=7.0
+    )
+    return wide, narrow, join_terms(wide, narrow)
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo", "bnpo"])
+def test_joined_terms_share_one_normaliser(aggregation: str) -> None:
+    _, _, term = joined(aggregation=aggregation, max_response_tokens=10)
+    assert (term.name, term.aggregation, term.weight, term.counts) == ("a", aggregation, 0.3, StepCounts(12.0, 7.0))
+    assert term.mask.tolist() == [[True, True, False], [True, False, False], [True, True, False]]
+    expected = {"dapo": 2 * 18 / 12, "grpo": 2 * (1.5 + 4 + 5.5) / 7, "dr_grpo": 2 * 18 / (7 * 10), "bnpo": 18 / 5}[aggregation]
+    assert term.reduce(2.0).item() == pytest.approx(expected)
+    assert term.outputs.metrics["ratio"][term.mask].tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+
+
+def test_the_order_of_joining_changes_rows_alone() -> None:
+    wide, narrow, term = joined()
+    other = join_terms(narrow, wide)
+    assert other.mask.tolist() == term.mask[[1, 2, 0]].tolist()
+    assert other.reduce(1.0).item() == pytest.approx(term.reduce(1.0).item())
+    assert (other.name, other.weight) == ("b", 7.0)
+
+
+def test_gradients_pass_through_a_joined_term(parameters) -> None:
+    first, second = term("a", parameters.exp()), term("b", parameters[:, :2] ** 2)
+    second.mask = MASK[:, :2]
+    (found,) = torch.autograd.grad(join_terms(first, second).reduce(1.0), parameters)
+    x = parameters.detach()
+    torch.testing.assert_close(found, torch.where(MASK, x.exp() + 2 * x, torch.zeros(())) / 14)
+
+
+def test_a_part_without_a_graph_may_be_joined(parameters) -> None:
+    first = term("a", parameters.exp())
+    assert (
+        not join_terms(
+            LossTerm("b", LossOutputs(parameters.detach()), MASK, COUNTS), LossTerm("b", LossOutputs(torch.ones(2, 3)), MASK, COUNTS)
+        )
+        .reduce(1.0)
+        .requires_grad
+    )
+    assert join_terms(first, LossTerm("b", LossOutputs(parameters.detach()), MASK, COUNTS)).reduce(1.0).requires_grad

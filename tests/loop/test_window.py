@@ -89,12 +89,60 @@ def test_state_survives_a_checkpoint(window, tmp_path) -> None:
         assert window.demonstrations_of(micro_step) == again.demonstrations_of(micro_step)
 
 
+BOTH = WindowPlan(prompts=2, samples=2, minibatches=2, demonstrations=2, sample_demonstrations=True, accumulate=1)
+#: Four rows to prompts, then four for each step's two demonstrations; row 5 is truncated and masked.
+BOTH_LENGTHS = [3, 1, 2, 5, 2, 3, 1, 1, 4, 0, 6, 2]
+
+
+@pytest.fixture
+def both(make_rollouts):
+    rollouts = make_rollouts([2] * 12, BOTH_LENGTHS, group=2, truncated=(5,))
+    return open_window(3, BOTH, experience_of(rollouts), [demonstration(n) for n in (2, 3, 1, 4)])
+
+
+def test_responses_to_demonstrations_have_rows_and_counts_of_their_own(both) -> None:
+    expected = [StepCounts(4.0, 3.0), StepCounts(12.0, 3.0)]
+    for micro_step in range(2):
+        experience, counts = both.sampled_of(micro_step)
+        assert counts == expected[micro_step]
+        assert experience.rollouts.group_ids.tolist() == [[2, 2, 3, 3], [4, 4, 5, 5]][micro_step]
+        assert experience.rollouts.lengths.tolist() == BOTH_LENGTHS[4 + 4 * micro_step : 8 + 4 * micro_step]
+        assert both.rollouts_of(micro_step)[1] == [StepCounts(4.0, 2.0), StepCounts(7.0, 2.0)][micro_step]
+
+
+def test_counts_of_responses_to_demonstrations_are_summed_over_ranks(make_rollouts) -> None:
+    rollouts = make_rollouts([2] * 12, BOTH_LENGTHS, group=2)
+    window = open_window(0, BOTH, experience_of(rollouts), [demonstration(1)] * 4, lambda value: value * 10)
+    assert [window.sampled_of(i)[1] for i in range(2)] == [StepCounts(70.0, 40.0), StepCounts(120.0, 30.0)]
+
+
+def test_responses_to_demonstrations_survive_a_checkpoint(both, tmp_path) -> None:
+    torch.save(both.state(), tmp_path / "w.ckpt")
+    records = both.experience.rollouts.records[::2]
+    step = WindowStep(3, 1, list(enumerate(records[:2])), list(enumerate(records[2:], start=2)))
+    again = restore_window(torch.load(tmp_path / "w.ckpt", weights_only=True), BOTH, step, both.demonstrations, torch.device("cpu"))
+    assert again.experience.rollouts.records == both.experience.rollouts.records
+    for micro_step in range(2):
+        (one, counts), (other, other_counts) = both.sampled_of(micro_step), again.sampled_of(micro_step)
+        assert counts == other_counts
+        assert torch.equal(one.rollouts.response_ids, other.rollouts.response_ids)
+        assert torch.equal(one.advantages, other.advantages)
+
+
+def test_a_window_that_samples_to_prompts_alone_counts_nothing_else(window) -> None:
+    assert window.sampled_counts.tolist() == [[0, 0]] * 4
+
+
 def test_requests_carry_slot_record_and_tokens(tiny_tokenizer) -> None:
     records = [Record("abc"), Record("def")]
     step, plan = WindowStep(0, 0, [(4, records[0]), (7, records[1])]), WindowPlan(prompts=2, samples=3)
     requests = rollout_requests(tiny_tokenizer, step, PromptFormat(), plan)
     assert [(request.slot, request.record, request.samples) for request in requests] == [(4, records[0], 3), (7, records[1], 3)]
     assert [request.prompt_ids for request in requests] == [encode_prompt(tiny_tokenizer, record, PromptFormat()) for record in records]
+    step = WindowStep(0, 0, [(0, records[0])], [(1, records[1])])
+    for sampled, slots in ((False, [0]), (True, [0, 1])):
+        plan = WindowPlan(prompts=1, samples=3, demonstrations=1, sample_demonstrations=sampled)
+        assert [request.slot for request in rollout_requests(tiny_tokenizer, step, PromptFormat(), plan)] == slots
 
 
 @pytest.fixture(scope="module")
