@@ -19,13 +19,16 @@ _EXPORTS = {
     "GRPOModule": "modules.grpo",
     "InferenceModule": "modules.inference",
     "PolicySpec": "policy",
+    "PreferenceModule": "modules.preference",
     "PromptFormat": "data.prompt_format",
     "Record": "types",
+    "RewardModelModule": "modules.reward_model",
     "RewardSet": "rewards.compose",
     "Rollouts": "types",
     "SFTModule": "modules.sft",
     "SamplingParams": "rollout.base",
     "Segmenter": "anchor.segment",
+    "UniAPLModule": "modules.uniapl",
     "load_discriminator": "anchor.load",
     "read_records": "data.records",
 }
@@ -46,7 +49,10 @@ if TYPE_CHECKING:
     from aapa_lightning.modules.discriminator_data import DiscriminatorData
     from aapa_lightning.modules.grpo import GRPOModule
     from aapa_lightning.modules.inference import InferenceModule
+    from aapa_lightning.modules.preference import PreferenceModule
+    from aapa_lightning.modules.reward_model import RewardModelModule
     from aapa_lightning.modules.sft import SFTModule
+    from aapa_lightning.modules.uniapl import UniAPLModule
     from aapa_lightning.policy import PolicySpec
     from aapa_lightning.rewards.compose import RewardSet
     from aapa_lightning.rollout.base import SamplingParams

@@ -210,7 +210,7 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     loaded = _read_checkpoint(path)
     saved = loaded.get("aapa", {}).get("policy")
     if saved is None:
-        raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by SFTModule, GRPOModule or CHORDModule")
+        raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by a policy module such as GRPOModule")
     settings = dict(saved["config"])
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -92,7 +92,8 @@ class AnchorCallback(Callback):
         if not hasattr(pl_module, "anchor"):
             raise ConfigError(
                 f"AnchorCallback expects a module that asks its attribute `anchor` for the signal, found {type(pl_module).__name__} "
-                "without one; use SFTModule, GRPOModule or CHORDModule, or set `self.anchor = None` in your own module and call it"
+                "without one; use a policy module such as SFTModule, GRPOModule or PreferenceModule, or set `self.anchor = None` in your "
+                "own module and call it"
             )
         if self.term is None:
             self.term = self._build()
