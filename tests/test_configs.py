@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 RECIPES = [file for file in FILES if "stages" in yaml.safe_load((ROOT / file).read_text())]
 MODELS = {"qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-4b": "Qwen/Qwen3-4B"}
-STAGED = ["aapa-grpo", "aapa-staged", "aapa-chord"]
-ANCHORED = ["sft", "grpo", "chord"]
+STAGED = ["aapa-grpo", "aapa-staged", "aapa-chord", "aapa-uniapl"]
+ANCHORED = ["sft", "grpo", "chord", "uniapl"]
 
 
 @pytest.fixture(autouse=True)
