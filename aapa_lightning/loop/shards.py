@@ -105,7 +105,7 @@ def _empty_and_reducing(model: nn.Module) -> Iterator[None]:
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:
-    # torch has no public way to ask whether FSDP reduces; up to 2.11 a unit held a single group under the second name.
+    # torch has no public way to ask whether FSDP reduces; in earlier versions a unit holds a single group, under the second name.
     states: list[Any] = [unit._get_fsdp_state() for unit in shard_units(model)]
     groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g is not None]
     return list({id(group): group for group in groups}.values())

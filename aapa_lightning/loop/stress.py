@@ -210,7 +210,7 @@ def _put_back(moved: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 @contextmanager
 def _fresh_casts() -> Iterator[None]:
-    # Autocast keeps its casts of float32 weights: of weights that have moved since, and under no_grad without a graph.
+    # Autocast keeps the casts of float32 weights that it made, and serves them also when the weights have moved since.
     torch.clear_autocast_cache()
     try:
         yield

@@ -203,23 +203,28 @@ def test_a_graph_that_is_open_already_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True))
 
 
-def test_dropout_masks_agree_and_the_random_state_goes_on_unchanged():
-    model = make_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+def test_dropout_masks_agree_and_the_random_state_goes_on_unchanged(device):
+    model, ids = make_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3).to(device), kit.IDS.to(device)
     torch.manual_seed(7)
-    clean = margins(model).detach()
-    after = torch.rand(3)
+    clean = margins(model, ids).detach()
+    after = torch.rand(3), torch.rand(3, device=device)
     torch.manual_seed(7)
     probed = []
 
     def probe():
-        probed.append(margins(model))
+        probed.append(margins(model, ids))
         return probed[0].mean()
 
-    measured = WeightStress(model, rho=1e-30).evaluate(probe, lambda: margins(model), seed=0)
+    measured = WeightStress(model, rho=1e-30).evaluate(probe, lambda: margins(model, ids), seed=0)
     assert torch.equal(probed[0].detach(), clean)
     assert torch.equal(measured, clean)
-    assert torch.equal(margins(model).detach(), clean)
-    assert torch.equal(torch.rand(3), after)
+    assert torch.equal(margins(model, ids).detach(), clean)
+    assert torch.equal(torch.rand(3), after[0])
+    assert torch.equal(torch.rand(3, device=device), after[1])
 
 
 def test_ranks_are_averaged_in_few_calls(monkeypatch):

@@ -19,7 +19,7 @@ make_model, margins, probe_of, moved_by = kit.make_model, kit.margins, kit.probe
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_under_autocast_no_cast_is_stale(checkpointing):
-    """A cast kept from the probe would hide the move from ``measure``; one kept from ``measure`` has no graph for the caller."""
+    """A cast kept from the probe would hide the move from ``measure``; one kept from ``measure`` would move the caller's forward."""
     model, moved = make_model(), make_model()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -28,7 +28,7 @@ def test_under_autocast_no_cast_is_stale(checkpointing):
         gradient = torch.autograd.grad(probe_of(model)(), list(model.parameters()))
         torch.clear_autocast_cache()
         with torch.no_grad():
-            expected = margins(model)  # leaves casts that have no graph for the probe
+            expected = margins(model)
         found = stress.evaluate(probe_of(model), lambda: moved.load_state_dict(model.state_dict()) and margins(model), seed=0)
         assert torch.equal(margins(model), expected)
         again = torch.autograd.grad(probe_of(model)(), list(model.parameters()))
