@@ -81,6 +81,15 @@ def test_only_what_was_measured_is_reported() -> None:
     assert one.compute(generated=True, experts=False) == pytest.approx({"response_length": 7 / 3, "truncated": 1 / 3})
 
 
+def test_pairs_are_counted_one_by_one() -> None:
+    """A tie is half right; figures are means over pairs, not over batches."""
+    one = evaluator()
+    one.add_pairs(torch.tensor([-1.0, -4.0, -2.0, -2.0, -3.0, -2.0]))
+    one.add_pairs(torch.tensor([-1.0, -5.0]))
+    figures = one.compute(generated=False, experts=False, pairs=True)
+    assert figures == pytest.approx({"pair_accuracy": 2.5 / 4, "chosen_logprob": -8 / 4, "rejected_logprob": -12 / 4})
+
+
 def test_judges_need_names_of_their_own() -> None:
     from aapa_lightning.errors import ConfigError
 

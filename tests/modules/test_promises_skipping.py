@@ -7,6 +7,7 @@ import pytest
 import torch
 
 CASES = [("sft", {}), ("grpo", {}), ("grpo", {"minibatches": 2, "updates_per_window": 2}), ("chord", {}), ("uniapl", {})]
+CASES += [("preference", {}), ("preference", {"objective": "gapo"})]
 
 
 class Poison(L.Callback):

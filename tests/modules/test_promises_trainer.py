@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.types import Record
 
-NAMES = ["sft", "grpo", "chord", "uniapl"]
+NAMES = ["sft", "grpo", "chord", "uniapl", "preference"]
 
 
 def _prompts(module, start=0):
@@ -32,7 +32,7 @@ def test_validation_in_between_changes_nothing(kit, spec, same, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_epochs_and_limits_change_nothing(kit, spec, same, name):
     def run(**options):
-        module = kit.make_module(name, spec, **({} if name == "sft" else {"updates_per_window": 2}))
+        module = kit.make_module(name, spec, **({} if name in ("sft", "preference") else {"updates_per_window": 2}))
         kit.fit(module, kit.make_trainer(6, accumulate=2, **options))
         return kit.weights(module)
 
