@@ -53,6 +53,10 @@ class PairWindow:
     golden: list[RankingPair]
 
     @property
+    def experience(self) -> None:
+        """None: nothing is sampled."""
+
+    @property
     def metrics(self) -> Mapping[str, float]:
         """Nothing: what is known of the pairs comes with their losses."""
         return {}
