@@ -82,7 +82,7 @@ def header_commands():
 
 @pytest.fixture(scope="session")
 def debug_runs(header_commands, tmp_path_factory) -> Path:
-    """A folder with ``configs/`` and what the debug configs build on: the world, and one step each of SFT, rollouts and discriminator."""
+    """A folder with ``configs/`` and what the debug configs build on: world, SFT, rollouts, discriminator (a step each) and pairs."""
     from aapa_lightning.cli import main
 
     folder = tmp_path_factory.mktemp("debug")
@@ -94,6 +94,8 @@ def debug_runs(header_commands, tmp_path_factory) -> Path:
         for name in ("sft", "rollouts", "discriminator"):
             (words,) = header_commands(configs / "debug" / f"{name}.yaml")
             assert main([*words, *short[words[0]], "--trainer.enable_progress_bar=false"]) == 0
+        files = ["--prompts=runs/world/train.jsonl", "--responses=runs/debug/rollouts/responses.jsonl", "--out=runs/debug/pairs.jsonl"]
+        assert main(["data", "pairs", *files, "--chosen=experts"]) == 0
     return folder
 
 

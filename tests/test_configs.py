@@ -25,7 +25,7 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob(
 RECIPES = [file for file in FILES if "stages" in yaml.safe_load((ROOT / file).read_text())]
 MODELS = {"qwen3-0.6b": "Qwen/Qwen3-0.6B", "qwen3-4b": "Qwen/Qwen3-4B"}
 STAGED = ["aapa-grpo", "aapa-staged", "aapa-chord", "aapa-uniapl"]
-ANCHORED = ["sft", "grpo", "chord", "uniapl"]
+ANCHORED = ["sft", "grpo", "chord", "uniapl", "dpo", "gapo"]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,8 @@ def test_the_anchor_goes_with_every_objective(name, build_cli):
     assert not anchors(bare)
     assert [anchor.discriminator for anchor in anchors(anchored)] == ["runs/discriminator/export"]
     assert type(anchored.model) is type(bare.model)
-    assert (str(bare.run_dir), str(anchored.run_dir)) == (f"runs/{name}", f"runs/aapa-{name}")
+    module = "preference" if name in ("dpo", "gapo") else name
+    assert (str(bare.run_dir), str(anchored.run_dir)) == (f"runs/{module}", f"runs/aapa-{module}")
 
 
 def test_the_anchor_keeps_the_callbacks_of_the_other_file(build_cli):
@@ -163,4 +164,5 @@ def test_a_debug_config_runs_a_step(file, header_commands, debug_runs, monkeypat
         assert row["train/skipped_steps"] == "0.0"
         assert ("train/loss/anchor" in row) == ("anchor" in file)
         assert Path(run, "export", "model.safetensors").exists()
-        assert list(Path(run, "samples.parquet").iterdir())
+        sampled = "anchor" in file or "preference" not in file  # pairs alone draw no responses
+        assert Path(run, "samples.parquet").is_dir() == sampled

@@ -86,7 +86,7 @@ class PreferenceModule(PolicyModule):
         reference: the reference policy where the objective needs one; None is the policy as it starts.
         reference_cache: folder, on a disk that all ranks see, in which the reference's log-probs are kept. They are computed once, before
             training, and the copy of the reference is dropped; a later run with the same reference only reads. Not for ``kto``.
-        stress: how ``gapo`` perturbs the weights; for no other objective.
+        stress: how ``gapo`` perturbs the weights; None for the defaults. For no other objective.
         anchor_group_size: responses per prompt when anchored.
         clip_low: lower clip of the adversarial term's ratio.
         clip_high: upper clip.
@@ -108,7 +108,7 @@ class PreferenceModule(PolicyModule):
         batch_size: int = 32,
         reference: PolicySpec | None = None,
         reference_cache: str | None = None,
-        stress: StressOptions = StressOptions(),
+        stress: StressOptions | None = None,
         anchor_group_size: int = 4,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
@@ -122,17 +122,17 @@ class PreferenceModule(PolicyModule):
         self._inputs = label_inputs if self.objective.labels else pair_inputs
         self.sft_weight = self.objective.sft_weight if sft_weight is None else sft_weight
         self.batch_size = batch_size
-        self.reference, self.reference_cache, self.stress = reference, reference_cache, stress
+        self.reference, self.reference_cache, self.stress = reference, reference_cache, stress or StressOptions()
         self.anchor_group_size = anchor_group_size
         self._surrogate = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
         self._reference: ReferencePolicy | None = None  # no module itself: neither trained nor saved
         self._stress: WeightStress | None = None
-        self._check()
+        self._check(stress)
 
-    def _check(self) -> None:
+    def _check(self, stress: StressOptions | None) -> None:
         if not 0 <= self.sft_weight < math.inf:
             raise ConfigError(f"sft_weight: expected a finite number, 0 or above, found {self.sft_weight}")
-        if self._probe is None and self.stress != StressOptions():
+        if self._probe is None and stress is not None:
             raise ConfigError(f"objective {self.objective_name} perturbs no weights; leave stress out")
         if not self.objective.needs_reference and (self.reference or self.reference_cache):
             raise ConfigError(f"objective {self.objective_name} has no reference policy; leave reference and reference_cache out")
