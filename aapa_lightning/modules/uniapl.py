@@ -40,7 +40,10 @@ class UniAPLModule(GRPOModule):
         self.demonstrations_per_step = demonstrations_per_step
         self.rl_weight = as_schedule(rl_weight)
         if self.rl_weight.adapts:
-            raise ConfigError("rl_weight: expected a number or a schedule of the step alone; Adaptive is for the anchor's weight")
+            raise ConfigError(
+                "rl_weight: expected a number or a schedule of the step alone (Linear, Cosine, Warmup), found one that adapts; Adaptive is "
+                "for the anchor's weight"
+            )
 
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """GRPO's windows with demonstrations in every step, to which responses are sampled only when anchored."""

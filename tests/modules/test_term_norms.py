@@ -1,6 +1,7 @@
 """Gradient norms of the terms of a loss: against gradients worked out apart, and without a trace in training."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,12 +104,14 @@ def test_which_steps_are_due() -> None:
     assert not any(TermNorms(0).due(step) for step in range(7))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_does_not_notice(kit, spec, same, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "checkpointing"), [("32-true", False), ("bf16-mixed", False), ("32-true", True)])
+def test_training_does_not_notice(kit, spec, same, tmp_path, precision, checkpointing):
     """Weights and logged rows are those of the run without; norms stand in the rows of steps 0 and 2 alone."""
 
+    policy = replace(spec, activation_checkpointing=checkpointing)
+
     def run(name, every):
-        module = kit.make_module("uniapl", spec, rl_weight=0.5, term_norms_every=every)
+        module = kit.make_module("uniapl", policy, rl_weight=0.5, term_norms_every=every)
         (tmp_path / name).mkdir()
         callbacks, logger = [kit.make_anchor(0.5)], MetricsCSV(tmp_path / name)
         kit.fit(module, kit.make_trainer(4, accumulate=2, gradient_clip_val=0.5, callbacks=callbacks, logger=logger, precision=precision))

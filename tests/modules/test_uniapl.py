@@ -11,11 +11,11 @@ from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.loop.stream import RecordStream
 
 
-def _fit(kit, module, steps, *callbacks, train=7, demonstrations=5, **trainer):
+def _fit(kit, module, steps, *callbacks, train=7, demonstrations=5, ckpt=None, **trainer):
     """Train on prompts and on other demonstrations; returns the module and the rows logged."""
     rows, records = kit.Rows(), kit.make_records(train + demonstrations)
     runner = kit.make_trainer(steps, callbacks=callbacks, logger=rows, **trainer)
-    kit.fit(module, runner, records[:train], demonstrations=records[train:] or None)
+    kit.fit(module, runner, records[:train], demonstrations=records[train:] or None, ckpt=ckpt)
     return module, [row for _, row in rows.rows]
 
 
@@ -32,8 +32,8 @@ def _watch(module, name):
 
 
 @pytest.mark.parametrize("anchored", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_without_reinforcement_it_is_sft(kit, spec, same, differ, anchored, dropout):
+@pytest.mark.parametrize(("dropout", "precision"), [(0.0, "32-true"), (0.3, "32-true"), (0.0, "bf16-mixed")])
+def test_without_reinforcement_it_is_sft(kit, spec, same, differ, anchored, dropout, precision):
     """Bit for bit; also with dropout, for which every pass through the policy draws."""
 
     def run(name, anchor=None, **options):
@@ -42,7 +42,7 @@ def test_without_reinforcement_it_is_sft(kit, spec, same, differ, anchored, drop
         start = kit.weights(module)
         for layer in module.model.model.layers:
             layer.self_attn.attention_dropout = dropout
-        _fit(kit, module, 5, *([anchor] if anchor else []), accumulate=2)
+        _fit(kit, module, 5, *([anchor] if anchor else []), accumulate=2, precision=precision)
         return kit.weights(module), start
 
     sft, start = run("sft")
@@ -87,6 +87,21 @@ def test_two_datasets_are_visited_as_their_streams_say(kit, spec):
         stream = RecordStream(part, module.seed)
         assert visited[name] == [stream[i].prompt for i in range(36)]
         assert Counter(visited[name][: 36 // len(part) * len(part)]) == {record.prompt: 36 // len(part) for record in part}
+
+
+def test_two_datasets_go_on_after_a_resume(kit, spec, same, tmp_path):
+    """At and inside windows of two steps, in later passes over either dataset."""
+
+    def run(ckpt=None, *callbacks):
+        module = kit.make_module("uniapl", spec, updates_per_window=2)
+        _, rows = _fit(kit, module, 7, kit.make_anchor(0.5), *callbacks, ckpt=ckpt, accumulate=2)
+        return kit.weights(module), rows
+
+    whole, rows = run(None, kit.SaveAt(tmp_path))
+    for step in (1, 4, 5):
+        again, later = run(tmp_path / f"step={step}.ckpt")
+        same(whole, again)
+        assert later == rows[step:]
 
 
 def test_one_normaliser_for_the_rollouts_of_both(kit, spec):
