@@ -6,9 +6,13 @@ import inspect
 import re
 from pathlib import Path
 
-from aapa_lightning.objectives.preference import PREFERENCES
+import torch
 
-PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
+from aapa_lightning.objectives.preference import PREFERENCES
+from aapa_lightning.types import LabelLossInputs, PairLossInputs
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "objectives.md"
 
 
 def rows() -> dict[str, list[str]]:
@@ -40,3 +44,14 @@ def test_defaults_are_the_functions_own():
                 assert own[option] == float(value), (name, option)
         assert ("`sft_weight`" in row[2]) == bool(objective.sft_weight), name
         assert not own.get("beta") or f"beta {own['beta']:g}" in row[2] or name in ("cdpo", "rdpo", "ropo", "sympo", "dr_dpo"), name
+
+
+def test_the_glossary_names_what_preference_objectives_log():
+    row, one = -torch.ones(1), torch.ones(1, dtype=torch.int64)
+    pair, label = PairLossInputs(row, row, one, one, row, row, row), LabelLossInputs(row, row, one.bool(), row)
+    logged = {
+        f"preference/{name}" for objective in PREFERENCES.values() for name in objective.loss(label if objective.labels else pair).metrics
+    }
+    table = (DOCS / "training.md").read_text(encoding="utf-8").split("<!-- metrics: preference -->")[1].split("\n\n")[0]
+    named = {name for line in table.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1] if "|" in line else "")}
+    assert {name for name in named if name.startswith("preference/")} == logged

@@ -20,7 +20,7 @@ class AapaDataModule(L.LightningDataModule):
         train: training records: a JSONL or Parquet file, a folder or Hub name, or records.
         val: validation records; None splits ``val_fraction`` of the prompts off ``train``.
         test: test records; None tests on the validation split.
-        demonstrations: what is imitated (SFT, CHORD); None takes ``train``.
+        demonstrations: what is imitated (SFT, CHORD, UniAPL), or pairs; None takes ``train``.
         golden: pairs of an expert's response (chosen) and a policy's (rejected) that a reward model is also trained on.
         golden_val: such pairs of other prompts, measured with the validation and the test split.
         experts: a response file whose responses become the experts of all splits, joined by key or prompt.
