@@ -156,7 +156,10 @@ class PreferenceModule(PolicyModule):
         self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)
 
     def _other_policy(self, spec: PolicySpec) -> nn.Module:
-        model, tokenizer = load_policy(spec)
+        try:
+            model, tokenizer = load_policy(spec)
+        except ConfigError as error:
+            raise ConfigError(f"reference: {error}") from error
         theirs = tokenizer.get_vocab()
         if wrong := next((token for token, i in self.tokenizer.get_vocab().items() if theirs.get(token) != i), None):
             raise ConfigError(
