@@ -1,6 +1,6 @@
 """Flipped labels: what DPO, SimPO, Dr.DPO, rDPO and GAPO learn from preference pairs of which some are the wrong way round.
 
-Run: [AAPA_DATA=path/to/data] python benchmarks/noise.py [--task world verdicts] [--seeds 1 2] [--seconds 8] [--quick] [--json] [--write]
+Run: [AAPA_DATA=path/to/data] python benchmarks/noise.py [--task world verdicts] [--seeds 1 2] [--seconds N] [--quick] [--json] [--write]
 Every objective gets the same CPU seconds of training from the same start, so one that costs more a step takes fewer; its learning rate is
 the best of three on clean labels of another seed. Judged on clean, held-out pairs. `world` needs nothing; `verdicts` builds its pairs from
 AAPA_DATA (a response that follows all instructions over one that does not). --write replaces benchmarks/results/noise.json and
@@ -133,39 +133,55 @@ def train(run: Run, task: noise_tasks.Task) -> dict[str, Any]:
     )
     trainer.fit(module, AapaDataModule(pairs))
     module.eval()
-    result = {"steps": budget.steps, "accuracy": pair_accuracy(module, task.test), "flipped": sum(p.extra["flipped"] for p in pairs)}
+    result = {"steps": budget.steps, "flipped": sum(p.extra["flipped"] for p in pairs)} | pair_figures(module, task)
     return result | task.judge(module) | {"quintiles": weights.quintiles() if run.rate else None}
 
 
+def pair_figures(module: PreferenceModule, task: noise_tasks.Task) -> dict[str, float]:
+    """Share of clean held-out pairs that the policy ranks rightly by log-prob per token, and of those that training moved the right way."""
+    start = PreferenceModule(PolicySpec(model=str(task.start)), prompt_format=task.prompt_format, objective="simpo")
+    start.configure_model()
+    start.eval()
+    after, before = margins(module, task.test), margins(start, task.test)
+    return {"accuracy": share_above(after), "learnt": share_above(after - before)}
+
+
+def share_above(values: torch.Tensor) -> float:
+    """Share above 0, ties counting half."""
+    return float((0.5 + 0.5 * values.sign()).mean())
+
+
 @torch.no_grad()
-def pair_accuracy(module: PreferenceModule, pairs: Sequence[Record]) -> float:
-    """Share of clean pairs whose chosen response the policy gives the higher mean log-prob per token."""
-    wins: list[float] = []
+def margins(module: PreferenceModule, pairs: Sequence[Record]) -> torch.Tensor:
+    """Differences of mean log-probs per token, chosen less rejected, float32 ``[B]``."""
+    found: list[torch.Tensor] = []
     for start in range(0, len(pairs), 32):
         rows = [module.encode(record) for record in pairs[start : start + 32]]
         sums, lengths, _ = response_sums(module.model, responses_of(rows), module.tokenizer.pad_token_id, module.device)
         chosen, rejected = per_token(sums, lengths).chunk(2)
-        wins += (0.5 + 0.5 * (chosen - rejected).sign()).tolist()
-    return sum(wins) / len(wins)
+        found.append(chosen - rejected)
+    return torch.cat(found)
 
 
-def tune(tasks: Sequence[str], seconds: float, cache: Path) -> dict[tuple[str, str], float]:
+def tune(tasks: Sequence[str], seconds: dict[str, float], cache: Path) -> dict[tuple[str, str], float]:
     """The learning rate of every objective for every task: the best on clean labels of another seed."""
     found: dict[tuple[str, str], float] = {}
     for task in tasks:
         for name in OBJECTIVES:
-            runs = [Run(task, name, FLIPS[0], 0.0, TUNING_SEED, seconds, lr) for lr in LEARNING_RATES]
-            scores = {run.lr: kept(run, cache)["accuracy"] for run in runs}
+            runs = [Run(task, name, FLIPS[0], 0.0, TUNING_SEED, seconds[task], lr) for lr in LEARNING_RATES]
+            scores = {run.lr: kept(run, cache)["learnt"] for run in runs}
             found[task, name] = max(scores, key=lambda lr: scores[lr])
             print(f"{task} {name:7} {scores}", flush=True)
     return found
 
 
-def grid(tasks: Sequence[str], seeds: Sequence[int], seconds: float, rates_of: dict[tuple[str, str], float], *, quick: bool) -> list[Run]:
+def grid(
+    tasks: Sequence[str], seeds: Sequence[int], seconds: dict[str, float], rates_of: dict[tuple[str, str], float], *, quick: bool
+) -> list[Run]:
     """All runs, seed by seed; clean labels once."""
     rates, names = ((0.0, 0.4), ("dpo", "gapo")) if quick else (RATES, tuple(OBJECTIVES))
     return [
-        Run(task, name, flip, rate, seed, seconds, rates_of[task, name])
+        Run(task, name, flip, rate, seed, seconds[task], rates_of[task, name])
         for seed in seeds
         for task in tasks
         for rate in rates
@@ -179,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", nargs="+", choices=noise_tasks.TASKS, default=[*noise_tasks.TASKS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--seconds", type=float, default=8.0, help="CPU seconds of training for each run")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of training for each run (default: as the task says)")
     parser.add_argument("--cache", type=Path, default=Path("runs/noise"))
     parser.add_argument("--quick", action="store_true", help="two objectives, two rates")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
@@ -188,8 +204,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     results = []
-    rates_of = tune(args.task, args.seconds, args.cache)
-    for run in grid(args.task, args.seeds, args.seconds, rates_of, quick=args.quick):
+    seconds = {task: args.seconds or noise_tasks.SECONDS[task] for task in args.task}
+    rates_of = tune(args.task, seconds, args.cache)
+    for run in grid(args.task, args.seeds, seconds, rates_of, quick=args.quick):
         results.append(asdict(run) | kept(run, args.cache))
         print(f"{run.task} {run.objective:7} {run.flip:6} {run.rate:.1f} seed {run.seed}: " + noise_report.line(results[-1]), flush=True)
     found = {

@@ -39,8 +39,10 @@ CONFIG = {
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
+#: CPU seconds of training for each run.
+SECONDS = {"world": 8.0, "verdicts": 20.0}
 WORLD = {"train": 800, "test": 200, "samples": 4, "temperature": 1.2, "sft_steps": 250, "lr": 4e-3}
-VERDICTS = {"vocab": 2048, "tokens": 224, "pairs_per_prompt": 6, "test": 0.25, "sft_steps": 120, "lr": 2e-3}
+VERDICTS = {"vocab": 2048, "tokens": 128, "pairs_per_prompt": 6, "test": 0.25, "sft_steps": 120, "lr": 2e-3}
 
 
 @dataclass

@@ -50,7 +50,7 @@ def test_pairs_of_verdicts_hold_one_that_follows_and_one_that_does_not():
 
 def run(objective, flip, rate, seed, accuracy, quintiles=None):
     row = {"task": "world", "objective": objective, "flip": flip, "rate": rate, "seed": seed, "seconds": 8.0, "lr": 1e-4}
-    return row | {"steps": 10, "accuracy": accuracy, "true_success": accuracy / 2, "flipped": 3, "quintiles": quintiles}
+    return row | {"steps": 10, "accuracy": accuracy, "learnt": 0.5, "true_success": accuracy / 2, "flipped": 3, "quintiles": quintiles}
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_the_page_shows_means_ranges_and_quintiles(found):
     page = noise_report.page(found)
     assert "| dpo | 0.715 (0.710 to 0.720) |  |" in page  # clean labels stand in both tables
     assert page.count("| dpo | 0.715") == 2
+    assert "**Learnt, random flips**" in page
     assert "| gapo |  | 0.600 (0.600 to 0.600) |" in page
     assert "| world, length | gapo | 40% | 0.500 | 0.400 | 0.400 | 0.400 | 0.300 | +0.200 |" in page
     assert all(len(line) <= 160 for line in page.splitlines())
@@ -72,5 +73,5 @@ def test_the_page_shows_means_ranges_and_quintiles(found):
 
 def test_the_grid_trains_on_clean_labels_once_and_on_all_noise():
     rates = dict.fromkeys([("world", name) for name in noise.OBJECTIVES], 1e-4)
-    runs = noise.grid(["world"], [1], 8.0, rates, quick=False)
+    runs = noise.grid(["world"], [1], {"world": 8.0}, rates, quick=False)
     assert len(runs) == len(set(runs)) == len(noise.OBJECTIVES) * (1 + 2 * 4)
