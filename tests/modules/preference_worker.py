@@ -26,6 +26,12 @@ def records(labels: bool):
     return [replace(row, **({"rejected": None} if i % 4 == 1 else {"chosen": None} if i % 4 > 1 else {})) for i, row in enumerate(pairs)]
 
 
+def held_out():
+    """Five pairs, of which two are the wrong way round: an odd number for two ranks, and no accuracy of 1."""
+    pairs = kit.make_records(5)
+    return [replace(row, chosen=row.rejected, rejected=row.chosen) if i % 2 else row for i, row in enumerate(pairs)]
+
+
 def run(job: dict, rank: int, world_size: int) -> None:
     """One fit; saves weights, logged rows and figures of validation."""
     options = {"batch_size": 8, "sgd": True, "eval_samples": 0, **job["options"]}
@@ -42,7 +48,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
         use_distributed_sampler=False,
     )
     module = kit.make_module("preference", PolicySpec(job["policy"]), **options)
-    kit.fit(module, trainer, data=records(job.get("labels", False)), val=kit.make_records(5))
+    kit.fit(module, trainer, data=records(job.get("labels", False)), val=held_out())
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = [row for _, row in rows.rows if "train/loss" in row]
     torch.save({"weights": kit.weights(module), "rows": logged, "val": figures}, f"{job['out']}.rank{rank}")

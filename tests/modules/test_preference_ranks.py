@@ -90,6 +90,7 @@ def assert_same(one, two):
         assert logged == pytest.approx({name: other[name] for name in logged}, rel=2e-3, abs=2e-4)
     assert one["val"] == pytest.approx(two["val"], rel=1e-3, abs=1e-4)
     assert {"val/pair_accuracy", "val/chosen_logprob", "val/rejected_logprob"} <= two["val"].keys()
+    assert 5 * two["val"]["val/pair_accuracy"] == pytest.approx(3)
 
 
 def assert_ranks_agree(folder, name):
