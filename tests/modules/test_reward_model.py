@@ -230,6 +230,11 @@ def test_options_that_do_not_fit(rewards, spec, options, message):
         rewards.fit(rewards.make_reward_model(spec, **options), rewards.make_trainer(1, accumulate=2), golden=rewards.make_golden())
 
 
+def test_golden_pairs_to_measure_need_a_split_to_join(rewards, spec):
+    with pytest.raises(ConfigError, match=r"data.golden_val: expected `val` or `test`"):
+        rewards.fit(rewards.make_reward_model(spec), rewards.make_trainer(1), golden_val=rewards.make_golden(4))
+
+
 def test_a_base_that_is_not_there(rewards):
     with pytest.raises(ConfigError, match=r"base.tokenizer: cannot load a tokenizer from 'no/where'"):
         rewards.make_reward_model(PolicySpec("no/where")).configure_model()
