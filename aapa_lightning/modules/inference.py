@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from aapa_lightning.data.encode import (
+    NamedText,
     OverlongError,
     encode_demonstration,
     encode_prompt,
@@ -24,6 +25,7 @@ from aapa_lightning.data.responses import response_row
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
+from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
 from aapa_lightning.reduce import masked_mean
@@ -120,14 +122,14 @@ class InferenceModule(L.LightningModule):
         With ``overlong: drop`` a prompt whose expert response alone is too long stays; only the expert's likelihood is left out.
         """
         strict = self.prompt_format.overlong == "error"
-        responses = expert_responses if strict else no_responses
+        responses = _judged_responses if strict else no_responses
         records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, responses)
         self._with_experts = any(record.experts for record in records)
-        self._with_pairs = any(record.chosen and record.rejected for record in records)
+        self._with_pairs = any(_is_pair(record) for record in records)
         if not (strict or self.trainer.predicting):  # one that cannot be encoded at all must not end a run at its first validation
             for record in records:
-                for expert in record.experts[:1]:
-                    self._expert(record, expert)
+                for name, text in _judged_responses(record):
+                    self._response(record, text, name)
         return EvalLoader(records, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
 
     def _select(self, records: Sequence[Record]) -> Sequence[Record]:
@@ -154,24 +156,23 @@ class InferenceModule(L.LightningModule):
         rollouts = self.sample(step, self.eval_samples, self.eval_temperature, "evaluate")
         if rollouts is not None:
             self._evaluator.add_rollouts(rollouts)
-        rows = [row for record in step.records for expert in record.experts[:1] if (row := self._expert(record, expert)) is not None]
+        rows = [row for record in step.records for expert in record.experts[:1] if (row := self._response(record, expert)) is not None]
         if rows:
             self._evaluator.add_experts(*demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device))
         self._evaluate_pairs(step.records, self._evaluator)
 
     def _evaluate_pairs(self, records: Sequence[Record], evaluator: Evaluator) -> None:
-        pairs = [(record, record.chosen, record.rejected) for record in records if record.chosen and record.rejected]
-        rows = [(self._expert(record, chosen), self._expert(record, rejected)) for record, chosen, rejected in pairs]
-        kept = [(chosen, rejected) for chosen, rejected in rows if chosen is not None and rejected is not None]
+        pairs = [[self._response(record, text, name) for name, text in preferred_texts(record)] for record in records if _is_pair(record)]
+        kept = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
         if kept:
-            responses = [chosen for chosen, _ in kept] + [rejected for _, rejected in kept]
+            responses = [response for side in zip(*kept, strict=True) for response in side]
             logprobs, mask = demonstration_logprobs(self.model, responses, self.tokenizer.pad_token_id, self.device)
             evaluator.add_pairs(masked_mean(logprobs, mask, dim=-1))
 
-    def _expert(self, record: Record, expert: str) -> Demonstration | None:
+    def _response(self, record: Record, text: str, name: str = "expert response") -> Demonstration | None:
         fmt = replace(self.prompt_format, assistant_turns="last")  # earlier turns are no part of the response
         try:
-            return encode_demonstration(self.tokenizer, record, expert, fmt, self.eos_token_id)
+            return encode_demonstration(self.tokenizer, record, text, fmt, self.eos_token_id, name)
         except OverlongError:
             return None
 
@@ -210,3 +211,12 @@ class InferenceModule(L.LightningModule):
                 cut = bool(rollouts.truncated[i])
                 rows.append(response_row(record, text, temperature=temperature, sample=i % self.predict_samples, truncated=cut))
         return rows
+
+
+def _is_pair(record: Record) -> bool:
+    return record.chosen is not None and record.rejected is not None
+
+
+def _judged_responses(record: Record) -> list[NamedText]:
+    """The responses whose likelihood evaluation reports, by name."""
+    return [*expert_responses(record)[:1], *(preferred_texts(record) if _is_pair(record) else ())]
