@@ -8,60 +8,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aapa_lightning.lm_head import HeadScorer, causal_model, seen, set_logprob_backend, streaming_backend
+from aapa_lightning.token_logprobs import token_logprobs
 
-def token_logprobs(
-    logits: Tensor, ids: Tensor, temperature: float = 1.0, *, entropy: bool = False, entropy_grad: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    r"""Log-probs of tokens, and the entropy of the distributions they came from, at softmax(logits / temperature).
-
-    Args:
-        logits: ``[..., V]``, any floating dtype; computed in float32 (float64 stays).
-        ids: int64 ``[...]``.
-        temperature: positive; 0 (greedy decoding) is treated as 1.
-        entropy: also return entropies.
-        entropy_grad: entropies carry a gradient; false saves two vocabulary-sized buffers where they are only logged.
-
-    Returns:
-        Log-probs ``[...]`` and entropies ``[...]`` or None, nats, float32.
-
-    >>> token_logprobs(torch.zeros(1, 4), torch.tensor([2]), entropy=True)
-    (tensor([-1.3863]), tensor([1.3863]))
-    """
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature not in (0.0, 1.0):
-        scaled = scaled / temperature
-    normaliser = scaled.logsumexp(-1)
-    logprobs = scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - normaliser
-    if not entropy:
-        return logprobs, None
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        return logprobs, _entropy(scaled, normaliser)
-
-
-def _entropy(logits: Tensor, normaliser: Tensor) -> Tensor:
-    # A forbidden token (-inf) has probability 0 and contributes 0; the finite floor keeps 0 * log 0 and its gradient from being NaN.
-    all_logprobs = (logits - normaliser.unsqueeze(-1)).clamp(min=torch.finfo(logits.dtype).min)
-    return -(all_logprobs.exp() * all_logprobs).sum(-1)
-
-
-def _takes_position_ids(model: nn.Module) -> bool:
-    # Models without absolute or rotary positions (ALiBi, state space) have no such argument; adapters, DDP, Fabric and torch.compile hide
-    # their model's signature behind one of their own.
-    inner: Any = model
-    for name in ("_forward_module", "module", "_orig_mod"):
-        inner = getattr(inner, name, inner)
-    base = getattr(inner, "get_base_model", None)
-    return "position_ids" in inspect.signature((inner if base is None else base()).forward).parameters
+__all__ = ["response_logprobs", "sequence_logprobs", "set_logprob_backend", "token_logprobs"]
 
 
 def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     options: dict[str, Any] = {}
-    if _takes_position_ids(model):
+    # Models without absolute or rotary positions (ALiBi, state space) have no such argument.
+    if "position_ids" in inspect.signature(causal_model(model).forward).parameters:
         options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     logits: Tensor = model(
         input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, logits_to_keep=keep, **options
     ).logits
-    return logits[:, -keep:-1]
+    return logits
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore_rng_state(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> None:
+    if state is not None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+
+
+def _score_last(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    wanted: Tensor,
+    temperature: float,
+    entropy: bool,
+    entropy_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies ``[N, K]`` of the last K tokens of each row, of those in ``wanted``; others have any finite value."""
+    keep = wanted.shape[1] + 1
+    ids = input_ids[:, input_ids.shape[1] - wanted.shape[1] :]
+    options: dict[str, Any] = {"entropy": entropy, "entropy_grad": entropy_grad}
+    chosen = streaming_backend(model, backend)
+    before = _rng_state(input_ids.device) if chosen and not seen(model) else None
+    while chosen:
+        scorer = HeadScorer(causal_model(model), chosen, ids, wanted, temperature, **options)
+        with scorer.in_place():
+            output = _last_logits(model, input_ids, attention_mask, keep)
+        scores = scorer.read(output)
+        if scores is not None:
+            return scores[..., 0], scores[..., 1] if entropy else None
+        # The first call to a model has shown what it does to its logits: run once more, with the same dropout.
+        _restore_rng_state(before, input_ids.device)
+        chosen = None if scorer.problem else chosen
+    logits = _last_logits(model, input_ids, attention_mask, keep)
+    return token_logprobs(logits[:, -keep:-1], ids, temperature, **options)
 
 
 def response_logprobs(
@@ -74,8 +76,16 @@ def response_logprobs(
     *,
     entropy: bool = False,
     entropy_grad: bool = True,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of sampled responses. Logits exist for response positions alone, and padding changes no value.
+    """Log-probs of sampled responses. Logits exist for response positions alone, or not at all, and padding changes no value.
+
+    Backends: ``full`` makes logits ``[N, L, V]``. ``chunked`` lets the model's head answer with log-probs, streamed over tiles of tokens x
+    vocabulary: no logits in memory, and no work on padding. ``liger`` does the same by liger-kernel's function (experimental, for CUDA).
+    ``auto`` is ``chunked`` for vocabularies from 16,384 on, else ``full``. The head is intercepted inside the model's own forward, where
+    DDP, FSDP2, DeepSpeed and autocast have prepared its weight; what the model does to its logits afterwards (a scale, a soft cap) is seen
+    on the first call and applied inside. A head with adapters or of another kind makes its logits a few tokens at a time. Where a head
+    cannot be used at all, one warning says why and full logits are made.
 
     Args:
         model: any Hugging Face causal language model, adapters included.
@@ -86,19 +96,26 @@ def response_logprobs(
         temperature: of softmax(logits / temperature); 0 is treated as 1.
         entropy: also return entropies of the next-token distributions.
         entropy_grad: entropies carry a gradient.
+        backend: ``auto``, ``full``, ``chunked`` or ``liger``; None takes what ``set_logprob_backend`` chose for the model, else ``auto``.
 
     Returns:
         Log-probs ``[N, L]`` and entropies ``[N, L]`` or None, nats, float32, 0 on padding.
     """
     input_ids = torch.cat((prompt_ids, response_ids), dim=1)
     attention_mask = torch.cat((prompt_mask, response_mask), dim=1)
-    logits = _last_logits(model, input_ids, attention_mask, response_ids.shape[1] + 1)
-    logprobs, entropies = token_logprobs(logits, response_ids, temperature, entropy=entropy, entropy_grad=entropy_grad)
+    logprobs, entropies = _score_last(model, input_ids, attention_mask, response_mask.bool(), temperature, entropy, entropy_grad, backend)
     off = ~response_mask
     return logprobs.masked_fill(off, 0.0), None if entropies is None else entropies.masked_fill(off, 0.0)
 
 
-def sequence_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor | None = None) -> Tensor:
+def sequence_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Log-probs of every token but the first, at temperature 1, for demonstrations.
 
     Args:
@@ -106,6 +123,7 @@ def sequence_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
         input_ids: int64 ``[N, T]``, padded on the right, T at least 2.
         attention_mask: bool ``[N, T]``.
         response_mask: bool ``[N, T]``, tokens of interest. Logits exist only from the first of them (over all rows) on.
+        backend: as for ``response_logprobs``.
 
     Returns:
         float32 ``[N, T - 1]`` nats; column t belongs to token t + 1. 0 on padding, and outside ``response_mask`` where given.
@@ -115,6 +133,5 @@ def sequence_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     columns = wanted.any(0).nonzero()
     # At least one column stays, so that a batch without tokens still has a graph.
     count = width - int(columns[0]) if len(columns) else 1
-    logits = _last_logits(model, input_ids, attention_mask, count + 1)
-    logprobs, _ = token_logprobs(logits, input_ids[:, -count:])
+    logprobs, _ = _score_last(model, input_ids, attention_mask, wanted[:, width - count :], 1.0, False, False, backend)
     return nn.functional.pad(logprobs, (width - count, 0)).masked_fill(~wanted, 0.0)
