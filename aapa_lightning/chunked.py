@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 #: Tokens and vocabulary entries of a tile, the fastest of those measured on a CPU: 16 MiB in float32.
 CPU_TILE = (1024, 4096)
@@ -118,8 +117,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return target - largest - normaliser, entropies
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("streamed log-probs have no second derivative, found create_graph=True; use logprob backend `full`")
         hidden, weight, bias, ids, *saved = ctx.saved_tensors
         tiles = _Tiles(hidden, weight, bias, **ctx.options)
         if grad_logprobs is None and grad_entropy is None:
