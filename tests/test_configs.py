@@ -164,5 +164,5 @@ def test_a_debug_config_runs_a_step(file, header_commands, debug_runs, monkeypat
         assert row["train/skipped_steps"] == "0.0"
         assert ("train/loss/anchor" in row) == ("anchor" in file)
         assert Path(run, "export", "model.safetensors").exists()
-        sampled = "anchor" in file or "preference" not in file  # pairs alone draw no responses
+        sampled = "anchor" in file or not any(name in file for name in ("preference", "reward_model"))  # pairs alone draw no responses
         assert Path(run, "samples.parquet").is_dir() == sampled
