@@ -91,7 +91,11 @@ def streaming_backend(model: nn.Module, backend: str | None) -> str | None:
     size = vocabulary(inner)
     if name == "auto" and size < LARGE_VOCABULARY:
         return None
-    problem = None if size else "it shows no LM head (get_output_embeddings) or no vocabulary size"
+    listed = getattr(_text_config(inner), "vocab_size", size)
+    # A model that cuts entries off its head's output would do so after the log-probs, too late.
+    problem = None if size == listed else f"its head has {size} entries, its config says {listed}"
+    if not size:
+        problem = "it shows no LM head (get_output_embeddings) or no vocabulary size"
     if any(getattr(part, "_orig_mod", getattr(part, "_compiled_call_impl", None)) is not None for part in _wrappers(model)):
         problem = "torch.compile has compiled it with its head"
     if problem:
