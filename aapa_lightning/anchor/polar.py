@@ -236,12 +236,15 @@ class RewardModelDiscriminator(Discriminator):
         return self
 
     def save(self, folder: Path) -> None:
-        """Write ``discriminator.json``; the weights stay where they are."""
-        write_json(Path(folder) / "discriminator.json", {"class": "reward_model", **self.settings, "fingerprint": self.fingerprint()})
+        """Write ``discriminator.json``; the weights stay where they are (in ``folder`` itself: it may then be moved)."""
+        settings = {"class": "reward_model", **self.settings, "fingerprint": self.fingerprint()}
+        if settings["model"] is not None and Path(settings["model"]).resolve() == Path(folder).resolve():
+            settings["model"] = "."
+        write_json(Path(folder) / "discriminator.json", settings)
 
     @classmethod
     def load(cls, folder: Path, *, encoder: str | None = None, trust_remote_code: bool = False) -> Self:
-        """Read what ``save`` wrote, or a file written by hand, with ``model`` and whatever differs from the defaults.
+        """Read what ``save`` wrote, or a file written by hand, with ``model`` (``.``: the folder itself) and what differs from defaults.
 
         Args:
             folder: holds ``discriminator.json``.
@@ -259,8 +262,8 @@ class RewardModelDiscriminator(Discriminator):
             server = None if settings.get("server") is None else ScoreServer(**settings["server"])
             if server is not None:
                 settings["server"] = server if encoder is None else replace(server, url=encoder)
-            elif encoder is not None:
-                settings["model"] = encoder
+            elif encoder is not None or settings.get("model") == ".":
+                settings["model"] = encoder or str(folder)
             judge = cls(**settings, trust_remote_code=trust_remote_code)
         except TypeError as error:
             raise ConfigError(f"{file} is damaged or of another version: {error}") from error

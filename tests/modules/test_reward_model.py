@@ -1,6 +1,7 @@
 """The reward model's module: loss, skipping, resume, export, errors."""
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -150,6 +151,9 @@ def test_an_export_scores_as_in_training_and_is_trained_on(rewards, spec, tmp_pa
     module.eval()
     with torch.no_grad():
         chosen, rejected = module._scores([module.pairs.encode(record) for record in records])
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    shutil.copytree(tmp_path, moved)
+    assert load_discriminator(moved).settings["model"] == str(moved)
     judge = load_discriminator(tmp_path)
     torch.testing.assert_close(judge.raw([record.chosen for record in records], records), chosen, rtol=0, atol=1e-5)
     reward = RewardModelReward(judge)
