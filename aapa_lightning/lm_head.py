@@ -179,9 +179,9 @@ class HeadScorer:
         if self.problem:
             logits: Tensor = original(hidden)
             return logits
-        keep = self.ids.shape[1] + 1
-        rows = self._rows.to(hidden.device)
-        states = hidden[:, -keep:-1].reshape(-1, hidden.shape[-1])[rows]
+        rows, width = self._rows.to(hidden.device), max(self.ids.shape[1], 1)
+        # The state before a token predicts it; the last state predicts nothing.
+        states = hidden[rows // width, rows % width + hidden.shape[1] - self.ids.shape[1] - 1]
         ids = self.ids.to(hidden.device).reshape(-1)[rows]
         score = self._by_tiles if plain else self._by_tokens
         values = [value for value in score(head, original, states, ids) if value is not None]

@@ -64,7 +64,7 @@ def everything(model, batch, backend, **options):
     """Values, and the gradient of their sum with uneven weights."""
     model.zero_grad()
     logprobs, entropy = response_logprobs(model, *batch, 0.7, entropy=True, backend=backend, **options)
-    upstream = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
+    upstream = torch.linspace(-1, 1, logprobs.numel(), device=logprobs.device).view_as(logprobs)
     (logprobs * upstream + entropy * upstream.flip(0)).sum().backward()
     return logprobs.detach(), entropy.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -199,9 +199,10 @@ def test_liger_has_to_be_there(model, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "granite", "phi"])
 def test_liger_equals_full_logits(kind, batch):
-    """On a CPU by liger-kernel's own fallback; capped heads and heads with a bias are streamed by ours."""
+    """By its kernels where there is a GPU, else by its fallback; capped heads and heads with a bias are streamed by ours."""
     pytest.importorskip("liger_kernel", reason="an optional backend")
-    model = build(kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, batch = build(kind).to(device), [tensor.to(device) for tensor in batch]
     same(everything(model, batch, "liger"), everything(model, batch, "full"))
 
 
@@ -237,3 +238,10 @@ def test_autocast_is_that_of_the_model(model, batch):
         full, ours = (everything(model, batch, backend) for backend in ("full", "chunked"))
     torch.testing.assert_close(ours[:2], full[:2], rtol=1e-4, atol=1e-4)  # the same rounded logits
     torch.testing.assert_close(ours[2], full[2], rtol=0.05, atol=0.1)  # gradients of the head are rounded elsewhere
+
+
+def test_no_positions_at_all_still_have_a_graph(model, batch):
+    prompts, mask, *_ = batch
+    logprobs, entropy = response_logprobs(model, prompts, mask, prompts[:, :0], mask[:, :0], entropy=True, backend="chunked")
+    assert logprobs.shape == entropy.shape == (3, 0)
+    (logprobs.sum() + entropy.sum()).backward()
