@@ -58,7 +58,8 @@ def _score_last(
             output = _last_logits(model, input_ids, attention_mask, keep)
         scores = scorer.read(output)
         if scores is not None:
-            return scores[..., 0], scores[..., 1] if entropy else None
+            entropies = scores[..., 1] if entropy else None
+            return scores[..., 0], entropies if entropies is None or entropy_grad else entropies.detach()
         # The first call to a model has shown what it does to its logits: run once more, with the same dropout.
         _restore_rng_state(before, input_ids.device)
         chosen = None if scorer.problem else chosen

@@ -240,6 +240,15 @@ def test_autocast_is_that_of_the_model(model, batch):
     torch.testing.assert_close(ours[2], full[2], rtol=0.05, atol=0.1)  # gradients of the head are rounded elsewhere
 
 
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+def test_entropy_for_logging_has_no_graph(model, batch, backend):
+    logprobs, entropy = response_logprobs(model, *batch, entropy=True, entropy_grad=False, backend=backend)
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad
+    with torch.no_grad():  # as old log-probs are made: the same bits
+        assert torch.equal(response_logprobs(model, *batch, backend=backend)[0], logprobs)
+
+
 def test_no_positions_at_all_still_have_a_graph(model, batch):
     prompts, mask, *_ = batch
     logprobs, entropy = response_logprobs(model, prompts, mask, prompts[:, :0], mask[:, :0], entropy=True, backend="chunked")
