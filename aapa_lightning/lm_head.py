@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,12 +52,20 @@ def check_backend(name: str) -> str:
         MissingDependencyError: ``liger`` without the package.
     """
     choose(BACKENDS, name, "logprob_backend")
-    if name == "liger" and not find_spec("liger_kernel"):
-        raise MissingDependencyError(
-            "logprob_backend=liger: expected the package liger-kernel, 0.8.2 or newer, found none; pip install 'liger-kernel>=0.8.2', "
-            "or use chunked, which needs nothing"
-        )
+    if name == "liger":
+        _liger()
     return name
+
+
+def _liger() -> Any:
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+    except ImportError as error:
+        raise MissingDependencyError(
+            "logprob_backend=liger: expected the package liger-kernel, 0.8.2 or newer, found none or an older one; "
+            "pip install 'liger-kernel>=0.8.2', or use chunked, which needs nothing"
+        ) from error
+    return LigerFusedLinearScaledCrossEntropyFunction
 
 
 def causal_model(model: nn.Module) -> nn.Module:
@@ -162,7 +169,7 @@ class HeadScorer:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the head answer calls with scores ``[N, K, C]``, inside hooks of FSDP, DeepSpeed, DDP and precision plugins."""
+        """Let the head answer calls with scores ``[N, K, C]``, inside the hooks of FSDP2, DDP and precision plugins."""
         head: Any = self.inner.get_output_embeddings()
         own, original = head.__dict__.get("forward"), head.forward
         head.forward = lambda hidden: self._answer(head, original, own is not None, hidden)
@@ -215,14 +222,10 @@ class HeadScorer:
         )
 
     def _by_liger(self, weight: Tensor, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
         dtype = product_dtype(states, weight)
         temperature = (self.temperature or 1.0) / self.cap.scale
         with torch.autocast(states.device.type, enabled=False):
-            found = LigerFusedLinearScaledCrossEntropyFunction.apply(
-                states.to(dtype), weight.to(dtype), ids, temperature, return_entropy=self.entropy
-            )
+            found = _liger().apply(states.to(dtype), weight.to(dtype), ids, temperature, return_entropy=self.entropy)
         if not self.entropy:
             return -found, None
         return -found[0], found[1].float() if self.entropy_grad else found[1].detach().float()

@@ -84,7 +84,7 @@ def response_logprobs(
     Backends: ``full`` makes logits ``[N, L, V]``. ``chunked`` lets the model's head answer with log-probs, streamed over tiles of tokens x
     vocabulary: no logits in memory, and no work on padding. ``liger`` does the same by liger-kernel's function (experimental, for CUDA).
     ``auto`` is ``chunked`` for vocabularies from 16,384 on, else ``full``. The head is intercepted inside the model's own forward, where
-    DDP, FSDP2, DeepSpeed and autocast have prepared its weight; what the model does to its logits afterwards (a scale, a soft cap) is seen
+    DDP, FSDP2 and autocast have prepared its weight; what the model does to its logits afterwards (a scale, a soft cap) is seen
     on the first call and applied inside. A head with adapters or of another kind makes its logits a few tokens at a time. Where a head
     cannot be used at all, one warning says why and full logits are made.
 

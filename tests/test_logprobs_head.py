@@ -1,7 +1,9 @@
 """Heads of many models, met inside the model's own forward: equal to full logits, with every change a model makes to its logits."""
 
+import sys
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,8 +193,10 @@ def test_the_choice_stays_with_the_model_and_its_copies(model, batch, monkeypatc
         response_logprobs(model, *batch, backend="fast")
 
 
-def test_liger_has_to_be_there(model, monkeypatch):
-    monkeypatch.setattr(lm_head, "find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, SimpleNamespace()], ids=["none", "old"])
+def test_liger_has_to_be_there(model, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "liger_kernel", found)
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", found)
     with pytest.raises(MissingDependencyError, match="liger-kernel"):
         set_logprob_backend(model, "liger")
 
