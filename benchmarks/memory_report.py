@@ -38,11 +38,12 @@ a model:
 
 The head is met inside the model's own forward, so FSDP2, DDP and autocast have done their part. What a model does to its
 logits afterwards (Gemma's soft cap, the scales of Cohere and Granite) is seen on the first call and applied inside. A head with adapters
-or with quantised weights makes whole logits, a few tokens at a time. Where a head cannot be used (torch.compile, a head split over ranks,
+or of another kind makes whole logits, a few tokens at a time. Where a head cannot be used (torch.compile, a head split over ranks,
 logits changed in another way) a warning says why, once, and full logits are made. Second derivatives need `full`.
 
 **Not measured.** Nothing here ran on a GPU: the tile of 4,096 x 8,192 there is a choice by reasoning. `liger` has run only on its CPU
-fallback (values and gradients equal full logits). DeepSpeed has not been tried. For `liger` on a GPU these prove it, tests first, then its figures beside the others:
+fallback (values and gradients equal full logits); DeepSpeed and quantised heads have not been tried. For `liger` on a GPU these prove it,
+tests first, then its figures beside the others:
 
 ```bash
 pip install 'liger-kernel>=0.8.2'
