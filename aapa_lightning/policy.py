@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from aapa_lightning.errors import ConfigError, MissingDependencyError
+from aapa_lightning.lm_head import check_backend, set_logprob_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ class PolicySpec:
         activation_checkpointing: recompute activations in the backward pass to save memory.
         disable_dropout: set every dropout to 0, so that old and new log-probs come from the same function.
         seed: seed of the weights of a model built from ``config``.
+        logprob_backend: how log-probs come from the LM head: ``auto`` (streamed for vocabularies of 16,384 and more), ``full`` (logits),
+            ``chunked`` (streamed) or ``liger``.
     """
 
     model: str | None = None
@@ -46,6 +49,7 @@ class PolicySpec:
     activation_checkpointing: bool = False
     disable_dropout: bool = True
     seed: int = 0
+    logprob_backend: str = "auto"
 
 
 def resolve_attention(name: str, dtype: torch.dtype) -> str:
@@ -110,6 +114,7 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     Raises:
         ConfigError: nothing to load, nothing there, or a vocabulary that does not hold the tokenizer's tokens.
     """
+    check_backend(spec.logprob_backend)
     tokenizer = load_tokenizer(spec)
     dtype = parse_dtype(spec.dtype)
     attention = resolve_attention(spec.attn_implementation, dtype)
@@ -124,6 +129,7 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         disable_dropout(model)
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_logprob_backend(model, spec.logprob_backend)
     return model, tokenizer
 
 

@@ -36,7 +36,10 @@ FORBIDDEN = {
         f"{A}.rewards",
         f"{A}.loop",
     ),
-    f"{A}/logprobs.py": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop"),
+    **{
+        f"{A}/{name}.py": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
+        for name in ("logprobs", "token_logprobs", "lm_head", "chunked")
+    },
     f"{A}/advantages.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop"),
     f"{A}/objectives": (*TRAINER, "transformers", "datasets", f"{A}.anchor", f"{A}.rollout", f"{A}.rewards", f"{A}.data", f"{A}.loop"),
     f"{A}/anchor": (*TRAINER, f"{A}.objectives", f"{A}.rewards", f"{A}.loop"),

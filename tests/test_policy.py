@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.lm_head import streaming_backend
 from aapa_lightning.policy import (
     PolicySpec,
     eos_token_ids,
@@ -311,3 +312,11 @@ def test_a_generation_config_that_cannot_be_written_does_not_cost_the_model(tiny
     assert torch.equal(logits(again), logits(model))
     assert again.generation_config.eos_token_id == [1, 2]
     assert again.generation_config.temperature is None
+
+
+def test_the_backend_of_logprobs_is_the_specs(tiny_model_dir):
+    model, _ = load_policy(PolicySpec(model=str(tiny_model_dir), logprob_backend="chunked"))
+    assert streaming_backend(model, None) == "chunked"
+    assert streaming_backend(load_policy(PolicySpec(model=str(tiny_model_dir)))[0], None) is None
+    with pytest.raises(ConfigError, match="logprob_backend"):
+        load_policy(PolicySpec(model="nothing", logprob_backend="tiles"))
