@@ -254,7 +254,10 @@ class HeadScorer:
             return None
         # Through the output where it is untouched, so that whatever watches it (DDP's reducer) sees the graph.
         untouched = self.cap == Cap() and output.dtype == self.scores.dtype
-        return output[:, :-1, : self.scores.shape[-1]] if untouched else self.scores
+        if untouched:
+            return output[:, :-1, : self.scores.shape[-1]]
+        # A zero of the output's graph: FSDP2 gathers the head's weight again when a gradient reaches the output.
+        return self.scores + output[:, :-1, :1].to(self.scores.dtype) * 0.0
 
     def _cap_seen(self, output: Tensor) -> Cap | str:
         if self.scores is None or self.problem:

@@ -246,3 +246,8 @@ def test_the_commands_of_the_page_run(aapa, monkeypatch):
     assert len(commands) == 10
     assert sides("pairs.jsonl") == [("one", "two, too"), ("one", ""), ("none", "commas, too")]
     assert [row["response"] for row in rows_of("best.jsonl")] == ["two, too", "one", "commas, too"]
+
+
+def test_a_way_to_flip_wants_a_rate(capsys):
+    assert main(["data", "pairs", "--prompts=x.jsonl", "--chosen=given", "--flip=length", "--out=y.jsonl"]) == 2
+    assert "--flip-rate" in capsys.readouterr().err

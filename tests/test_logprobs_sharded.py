@@ -9,8 +9,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-#: DDP; one FSDP2 group for the tied head; gathered anew for the backward pass; a head with a group of its own; 16-bit parameters.
-MODES = ("ddp", "fsdp", "reshard", "head", "half")
+#: DDP; one FSDP2 group for the tied head; gathered anew for the backward pass, with a soft cap too; a head with a group of its own; 16-bit
+#: parameters.
+MODES = ("ddp", "fsdp", "reshard", "capped", "head", "half")
 
 
 def build(mode):
@@ -20,7 +21,8 @@ def build(mode):
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3, "tie_word_embeddings": mode != "head"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes))
+    kind = "gemma2" if mode == "capped" else "qwen3"
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     if mode == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     dtype = torch.bfloat16 if mode == "half" else None
@@ -29,7 +31,7 @@ def build(mode):
     if mode == "head":
         fully_shard(model.lm_head, reshard_after_forward=True)
     policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32 if dtype else None)
-    return fully_shard(model, mp_policy=policy, reshard_after_forward=mode == "reshard" or None)
+    return fully_shard(model, mp_policy=policy, reshard_after_forward=mode in ("reshard", "capped") or None)
 
 
 def run(mode, backend, rank):

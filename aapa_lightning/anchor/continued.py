@@ -41,8 +41,8 @@ def continued_head(folder: str | Path, frozen: FrozenEncoder, features: Sequence
                 f"start: {file} cannot be trained on: expected {name} {expected}, as configured, found {found}; use the settings that it "
                 "was trained with, or leave `start` out to train a new head"
             )
-    head = StackedHead(**layout)
     try:
+        head = StackedHead(**layout)
         head.load_state_dict(read_tensors(Path(folder) / HEAD_FILE))
         found = EncoderHeadDiscriminator(frozen, copy.deepcopy(head), features, Segmenter(**settings["segmenter"])).fingerprint()
     except (RuntimeError, KeyError, TypeError) as error:

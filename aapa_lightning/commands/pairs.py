@@ -37,7 +37,7 @@ def add_actions(actions: Any) -> None:
     pairs.add_argument("--margin", type=float, help="with --chosen best: least difference of two scores")
     pairs.add_argument("--keep-truncated", action="store_true", help="let responses that the length limit stopped be rejected ones")
     pairs.add_argument("--flip-rate", type=float, metavar="RATE", help="exchange chosen and rejected of this share of the pairs, as noise")
-    pairs.add_argument("--flip", choices=("random", "length"), default="random", help="any, or where rejected is longer (default: random)")
+    pairs.add_argument("--flip", choices=("random", "length"), help="any, or where rejected is longer (default: random)")
     pairs.add_argument("--seed", type=int, default=0, help="of the flips (default: %(default)s)")
     best = actions.add_parser(
         "best",
@@ -95,7 +95,7 @@ def run_pairs(args: argparse.Namespace) -> int:
     if not pairs:
         raise DataError(f"{args.prompts}: not one pair; {_spelled(report)}")
     if args.flip_rate is not None:
-        pairs = flip_pairs(pairs, args.flip_rate, how=args.flip, seed=args.seed)
+        pairs = flip_pairs(pairs, args.flip_rate, how=args.flip or "random", seed=args.seed)
         report["flipped"] = sum(bool(pair.extra["flipped"]) for pair in pairs)
     with writing(args.out):
         write_rows(args.out, ((pair.source, record_row(pair)) for pair in pairs))
@@ -136,6 +136,8 @@ def _check_pairs(args: argparse.Namespace) -> None:
         raise ConfigError("--chosen best: expected --score COLUMN, which says what is best")
     if args.margin is not None and not 0 <= args.margin < float("inf"):
         raise ConfigError(f"--margin: expected a number, 0 or above, found {args.margin}")
+    if args.flip and args.flip_rate is None:
+        raise ConfigError(f"--flip {args.flip}: expected --flip-rate RATE beside it, found none; nothing would be flipped")
     _check_scores(args)
 
 

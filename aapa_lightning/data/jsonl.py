@@ -105,6 +105,6 @@ def parse_line(source: str, line: bytes) -> dict[str, Any]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows, one JSON object a line. The file appears whole or not at all."""
+    """Write rows, one JSON object a line. The file appears whole or not at all. Raises ValueError for a number that is not finite."""
     with atomic_write(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)

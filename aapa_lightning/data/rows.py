@@ -56,5 +56,5 @@ def write_rows(path: str | Path, rows: Iterable[tuple[str, Mapping[str, Any]]]) 
 
     try:
         write_jsonl(path, remembered())
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"{current}: a column cannot be written as JSON ({error}); remove it from the dataset") from error

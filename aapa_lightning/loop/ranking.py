@@ -76,21 +76,32 @@ class PairEncoder:
         return ids
 
     def select(self, records: Sequence[Record], overlong: str) -> Sequence[Record]:
-        """Records as ``overlong`` has them: all (``truncate``), those that fit (``drop``), or a DataError for one that does not."""
+        """Records as ``overlong`` has them: all (``truncate``), those that fit (``drop``), or a DataError for one that does not.
+
+        Pairs whose responses are the same once thinking and overlong ends are cut are left out.
+        """
         choose(OVERLONG, overlong, "overlong")
-        if overlong == "truncate":
-            return records
-        kept = [i for i, record in enumerate(records) if self._fits(record)]
+        kept = [i for i, record in enumerate(records) if overlong == "truncate" or self._fits(record)]
         if len(kept) == len(records):
-            return records
+            return self._distinct(records)
         if overlong == "drop" and kept:
-            return take(records, kept)
+            return self._distinct(take(records, kept))
         first = records[min(set(range(len(records))) - set(kept))]
         raise DataError(
             f"{first.source}: the pair has more than max_tokens={self.limits['max_tokens']} tokens, or a response more than "
             f"max_response_tokens={self.limits['max_response_tokens']} ({len(records) - len(kept)} of {len(records)} pairs do); raise the "
             "limits, or set overlong to truncate" + (" or drop" if kept else "")
         )
+
+    def _distinct(self, records: Sequence[Record]) -> Sequence[Record]:
+        # encodes each once, so what cannot be encoded is found before training
+        kept = [i for i, pair in enumerate(map(self.encode, records)) if pair.chosen != pair.rejected]
+        if not kept:
+            raise DataError(
+                f"{records[0].source}: once thinking and overlong ends are cut, both responses of every pair are the same; raise "
+                "max_response_tokens, or give other pairs"
+            )
+        return records if len(kept) == len(records) else take(records, kept)
 
     def _fits(self, record: Record) -> bool:
         return all(self.text(record, text or "") == self.text(record, text or "", whole=True) for text in (record.chosen, record.rejected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from aapa_lightning.types import Demonstration
 #: Responses of which a cache is being made that are held in memory at once; those of like length share a forward.
 _CHUNK = 4096
 _KEY_BYTES = 16
+#: Settings of a model that do not change what it computes.
+_NOT_DIGESTED = ("_name_or_path", "transformers_version", "use_cache")
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,13 @@ def response_sums(
     return masked_sum(logprobs, mask, dim=-1), mask.sum(-1), (logprobs, mask)
 
 
+def _architecture(model: nn.Module) -> str:
+    """What beside the weights decides a log-prob, such as the scaling of rotary positions."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    return json.dumps({name: value for name, value in settings.items() if name not in _NOT_DIGESTED}, sort_keys=True, default=str)
+
+
 class ReferenceCache:
     """Sums of log-probs under one policy, kept in a folder: ``reference.safetensors``, and ``reference.json`` with its fingerprint.
 
@@ -48,7 +58,7 @@ class ReferenceCache:
 
     Args:
         folder: where; need not exist. All ranks must see it.
-        model: the policy; the fingerprint is of its weights.
+        model: the policy; the fingerprint is of its weights and configuration.
         precision: in which log-probs are computed; part of the fingerprint.
 
     Raises:
@@ -57,7 +67,7 @@ class ReferenceCache:
 
     def __init__(self, folder: str | Path, model: nn.Module, precision: str = "") -> None:
         self.folder = Path(folder)
-        self.fingerprint = hash_tensors(f"reference {precision}", model.state_dict())
+        self.fingerprint = hash_tensors(f"reference {precision} {_architecture(model)}", model.state_dict())
         self._sums: dict[bytes, float] = {}
         if (self.folder / "reference.json").exists():
             self._load()

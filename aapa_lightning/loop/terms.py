@@ -39,6 +39,13 @@ class LossTerm:
         return aggregate(self.outputs.losses, self.mask, self.aggregation, self.counts, self.max_response_tokens, scale=scale)
 
 
+def column_term(name: str, outputs: LossOutputs, counts: StepCounts) -> LossTerm:
+    """One loss a row ``[B]`` (of pairs) as a term whose rows have one entry each, divided by the step's rows."""
+    losses = outputs.losses[:, None]
+    metrics = {key: value[:, None] for key, value in outputs.metrics.items()}
+    return LossTerm(name, LossOutputs(losses, metrics), torch.ones_like(losses, dtype=torch.bool), counts, "grpo")
+
+
 def join_terms(first: LossTerm, second: LossTerm) -> LossTerm:
     """One term over the rows of two, with one normaliser: the tokens and responses of both.
 

@@ -65,7 +65,8 @@ def check_plan(saved: dict[str, int], plan: WindowPlan, inside_window: bool) -> 
     """
     now = plan.fingerprint()
     free = set() if inside_window else {"accumulate", "world_size"}
-    changed = [f"{name} {saved[name]} -> {now[name]}" for name in now if saved[name] != now[name] and name not in free]
+    before = {"sample_demonstrations": False} | saved  # of checkpoints from before there was such a number
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name] and name not in free]
     if changed:
         where = "inside a window" if inside_window else "at a window boundary (where devices and accumulation may change)"
         raise ConfigError(f"resume: the checkpoint was taken {where} with other sizes: {', '.join(changed)}; use the old sizes")

@@ -22,11 +22,11 @@ from aapa_lightning.data.encode import (
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.data.responses import response_row
-from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
+from aapa_lightning.modules.precision import refuse_true_precision
 from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
@@ -103,12 +103,7 @@ class InferenceModule(L.LightningModule):
         """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
         if self._loaded:
             return
-        precision = str(getattr(self._trainer, "precision", ""))
-        if precision in ("16-true", "bf16-true"):
-            raise ConfigError(
-                f"trainer.precision={precision} makes every new tensor 16-bit, log-probs and sums too; use "
-                f"{precision.replace('true', 'mixed')}, or 32-true with policy.dtype for 16-bit weights"
-            )
+        refuse_true_precision(str(getattr(self._trainer, "precision", "")))
         self.model, self.tokenizer = load_policy(self.policy)
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)

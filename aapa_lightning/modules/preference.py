@@ -27,7 +27,7 @@ from aapa_lightning.loop.preferences import (
 )
 from aapa_lightning.loop.reference import ReferenceCache, ReferencePolicy, response_sums
 from aapa_lightning.loop.stress import WeightStress
-from aapa_lightning.loop.terms import LossTerm
+from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.modules.checkpointing import gather_over_ranks
@@ -37,7 +37,7 @@ from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
 from aapa_lightning.policy import PolicySpec, load_policy
 from aapa_lightning.seeds import derive_seed
-from aapa_lightning.types import Demonstration, LossOutputs, PairLossInputs, Record, SumOverRanks
+from aapa_lightning.types import Demonstration, PairLossInputs, Record, SumOverRanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,14 @@ class PreferenceModule(PolicyModule):
 
     def configure_model(self) -> None:
         """Load the policy and, for training with an objective that needs it, the frozen reference."""
+        fresh = not self._loaded
         super().configure_model()
         fitting = self._trainer is None or self._trainer.state.fn == "fit"
         if not self.objective.needs_reference or not fitting or self._reference is not None:
             return
-        model: nn.Module = copy.deepcopy(self.model) if self.reference is None else self._other_policy(self.reference)
+        # loaded before this fit, the policy may hold a checkpoint's weights by now
+        spec = self.reference or (None if fresh else self.policy)
+        model: nn.Module = copy.deepcopy(self.model) if spec is None else self._other_policy(spec)
         precision = str(getattr(self._trainer, "precision", ""))
         cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, precision)
         self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)
@@ -250,7 +253,7 @@ class PreferenceModule(PolicyModule):
                 gather=self.gather_over_ranks,
             )
         )
-        terms = [_column("preference", outputs, counts)]
+        terms = [column_term("preference", outputs, counts)]
         if self.sft_weight:
             chosen = sum(row.chosen is not None for row in rows)
             terms.append(LossTerm("sft", sft_loss(logprobs[:chosen], mask[:chosen]), mask[:chosen], counts, weight=self.sft_weight))
@@ -284,10 +287,3 @@ class PreferenceModule(PolicyModule):
         """Lambda, and what the last perturbation changed."""
         stress = {} if self._stress is None else {f"stress/{name}": value for name, value in self._stress.metrics.items()}
         return super().step_metrics() | stress
-
-
-def _column(name: str, outputs: LossOutputs, counts: Any) -> LossTerm:
-    """One loss a row, ``[B]``, as a term whose rows have one entry each."""
-    losses = outputs.losses[:, None]
-    metrics = {key: value[:, None] for key, value in outputs.metrics.items()}
-    return LossTerm(name, LossOutputs(losses, metrics), torch.ones_like(losses, dtype=torch.bool), counts, "grpo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,13 +21,13 @@ from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.ranking import OVERLONG, PairEncoder, RankingPair, pair_scores
-from aapa_lightning.loop.terms import LossTerm
+from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.metrics.discrimination import CalibrationError
+from aapa_lightning.modules.precision import refuse_true_precision
 from aapa_lightning.modules.windowed import Records, WindowedModule
 from aapa_lightning.objectives.ranking import RANKINGS, ranking_loss
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.reduce import StepCounts
-from aapa_lightning.types import LossOutputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,6 +143,7 @@ class RewardModelModule(WindowedModule):
         """Load the model, once. Raises ConfigError for one with fewer positions than ``max_tokens``."""
         if self._loaded:
             return
+        refuse_true_precision(str(getattr(self._trainer, "precision", "")))
         self.model, self.tokenizer = load_classifier(self.base)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and self._settings["max_tokens"] > positions:
@@ -201,7 +202,9 @@ class RewardModelModule(WindowedModule):
         require_pairs(records, "a reward model compares two responses")
         kept = self.pairs.select(records, self.overlong)
         if len(kept) < len(records):
-            rank_zero_info(f"{name}: {len(records) - len(kept)} of {len(records)} pairs are over the limits and left out (overlong: drop)")
+            rank_zero_info(
+                f"{name}: {len(records) - len(kept)} of {len(records)} pairs are left out: over the limits, or the same once cut"
+            )
         return kept
 
     def open(self, step: WindowStep, plan: WindowPlan) -> PairWindow:
@@ -223,9 +226,9 @@ class RewardModelModule(WindowedModule):
     def _term(self, name: str, pairs: Sequence[RankingPair], count: int, weight: float, kind: str) -> LossTerm:
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
             outputs = ranking_loss(*self._scores(pairs), kind=kind)
-        losses, metrics = outputs.losses[:, None], {key: value[:, None] for key, value in outputs.metrics.items()}
-        ones = torch.ones_like(losses, dtype=torch.bool)
-        return LossTerm(name, LossOutputs(losses, metrics), ones, StepCounts(count, count), "grpo", weight)
+        if weight == 0:
+            torch.clear_autocast_cache()  # casts made without a graph must not serve the other term, see loop/collect.py
+        return replace(column_term(name, outputs, StepCounts(count, count)), weight=weight)
 
     def _scores(self, pairs: Sequence[RankingPair]) -> tuple[Tensor, Tensor]:
         return pair_scores(self.model, self.tokenizer, pairs, self.device)
@@ -241,7 +244,9 @@ class RewardModelModule(WindowedModule):
         margin = chosen - rejected
         accuracy, calibration = self._figures[loader]
         accuracy.update(0.5 + 0.5 * margin.sign())
-        calibration.update(margin.abs(), margin > 0)
+        tie = margin == 0  # half right, half wrong
+        half = 0.5 * tie.float()
+        calibration.update(margin.abs().repeat(2), torch.cat((margin > 0, tie)), torch.cat((1 - half, half)))
 
     def _log_figures(self, stage: str) -> None:
         for prefix, (accuracy, calibration) in zip(FIGURES, self._figures, strict=False):

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.types import SumOverRanks
 
@@ -49,6 +51,8 @@ class TermNorms:
 
 def _gradient(term: LossTerm, scale: float, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Flat float32 gradient of the weighted term; zeros where it has none."""
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise ConfigError("term_norms_every: expected whole parameters, found sharded ones; set it to 0 under a sharded strategy")
     total = sum(parameter.numel() for parameter in parameters)
     if term.weight == 0 or not term.outputs.losses.requires_grad:
         return torch.zeros(total, device=parameters[0].device)

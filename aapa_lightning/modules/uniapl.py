@@ -48,9 +48,9 @@ class UniAPLModule(GRPOModule):
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """GRPO's windows with demonstrations in every step, to which responses are sampled only when anchored."""
         plan = super().make_plan(accumulate, world_size)
-        if self.anchor is not None and self.anchor.combine != "loss":
+        if self.demonstrations_per_step and self.anchor is not None and self.anchor.combine != "loss":
             raise ConfigError(
-                f"anchor: combine={self.anchor.combine} joins a reward, and the demonstrations of UniAPL have none; use combine=loss"
+                f"anchor: combine={self.anchor.combine} acts through the task's advantages, and demonstrations have none; use combine=loss"
             )
         sampled = self.anchor is not None and self.demonstrations_per_step > 0
         return replace(plan, demonstrations=self.demonstrations_per_step, sample_demonstrations=sampled)

@@ -179,6 +179,7 @@ class WindowedModule(L.LightningModule):
             )
         self._window = None
         self._meter = StepMeter()
+        self._term_norms = TermNorms(self._term_norms.every)
         self._losses_finite = True
 
     def training_step(self, batch: WindowStep, batch_idx: int) -> Tensor:

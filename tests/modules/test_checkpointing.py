@@ -89,3 +89,11 @@ def test_sizes_of_a_window_may_never_change(change: dict[str, int]) -> None:
     for inside in (True, False):
         with pytest.raises(ConfigError, match=f"{name} {old[name]} -> {value}"):
             check_plan(old, WindowPlan(**old | change), inside_window=inside)
+
+
+def test_a_checkpoint_from_before_a_size_was_known_is_read() -> None:
+    plan = WindowPlan(demonstrations=4)
+    saved = {name: value for name, value in plan.fingerprint().items() if name != "sample_demonstrations"}
+    check_plan(saved, plan, inside_window=False)
+    with pytest.raises(ConfigError, match="sample_demonstrations False -> True"):
+        check_plan(saved, WindowPlan(demonstrations=4, sample_demonstrations=True), inside_window=False)

@@ -117,3 +117,25 @@ def test_a_second_fit(kit, spec, tmp_path):
         assert abs(rows.rows[0][1]["train/preference/margin"]) > 1e-2
     with pytest.raises(ConfigError, match="build the module anew for other data"):
         kit.fit(module, kit.make_trainer(1), data=separable())
+
+
+def test_a_fit_after_a_validation_of_a_checkpoint_has_the_reference_of_a_plain_resume(kit, spec, same, tmp_path):
+    run(kit, spec, 2, objective="dpo", callbacks=[kit.SaveAt(tmp_path)])
+    found = []
+    for validates in (False, True):
+        module = kit.make_module("preference", spec, objective="dpo", eval_samples=0)
+        trainer = kit.make_trainer(4)
+        data = AapaDataModule(kit.make_records(), val=kit.make_records(3))
+        if validates:
+            trainer.validate(module, data, ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+        trainer.fit(module, data, ckpt_path=tmp_path / "step=2.ckpt")
+        found.append((module._reference.model.state_dict(), kit.weights(module)))
+    same(found[0][0], found[1][0])
+    same(found[0][1], found[1][1])
+
+
+def test_a_cache_belongs_to_a_configuration_too(kit, spec, tmp_path):
+    run(kit, spec, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))
+    other = replace(spec, config={"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}})
+    with pytest.raises(ConfigError, match="another model"):
+        run(kit, other, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))

@@ -10,6 +10,7 @@ import torch
 
 from aapa_lightning.anchor.load import load_discriminator
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.loop.evaluate import EvalStep
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.rewards.reward_model import RewardModelReward
 from aapa_lightning.types import Record
@@ -259,3 +260,26 @@ def test_overlong_pairs(rewards, spec):
         fit("error", pairs)
     with pytest.raises(DataError, match=r"f:2: .*2 of 2 pairs.*truncate$"):
         fit("drop", pairs[1:])
+
+
+def test_pairs_that_are_the_same_once_cut_are_left_out_before_training(rewards, spec):
+    thought = [Record(f"q{i}", chosen=f"<think>{i}</think>yes", rejected="yes", source=f"h.jsonl:{i}") for i in range(4)]
+    module = rewards.make_reward_model(spec)
+    with pytest.raises(DataError, match=r"h\.jsonl:0: once thinking and overlong ends are cut"):
+        rewards.fit(module, rewards.make_trainer(1), human=thought)
+    module.configure_model()
+    assert [record.prompt for record in module.pairs.select([*thought, Record("x", chosen="a", rejected="b")], "truncate")] == ["x"]
+
+
+def test_sixteen_bit_precision_is_refused(rewards, spec):
+    with pytest.raises(ConfigError, match=r"bf16-true.*base\.dtype"):
+        rewards.fit(rewards.make_reward_model(spec), rewards.make_trainer(1, precision="bf16-true"))
+
+
+def test_ties_are_half_right_and_calibrated_as_such(rewards, spec):
+    module = rewards.make_reward_model(spec)
+    module.configure_model()
+    module._scores = lambda pairs: (torch.zeros(len(pairs)), torch.zeros(len(pairs)))
+    module._evaluate(EvalStep([0, 1], rewards.make_records(2)), 0)
+    accuracy, calibration = module._figures[0]
+    assert (float(accuracy.compute()), float(calibration.compute())) == (0.5, pytest.approx(0.0, abs=1e-6))

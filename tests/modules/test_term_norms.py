@@ -141,3 +141,12 @@ def test_the_norm_of_the_sum_is_within_the_sum_of_norms(kit, spec):
     assert half["train/grad_norm/policy"] == pytest.approx(0.5 * whole["train/grad_norm/policy"], rel=1e-5)
     total, imitation, policy = (whole[f"train/grad_norm{part}"] for part in ("", "/sft", "/policy"))
     assert abs(imitation - policy) < total < imitation + policy
+
+
+def test_a_second_fit_starts_with_nothing_gathered(kit, spec):
+    module = kit.make_module("sft", spec, term_norms_every=1)
+    kit.fit(module, kit.make_trainer(1))
+    module._term_norms._gradients = {"sft": torch.ones(3)}
+    module._term_norms._micro_steps = 1
+    kit.fit(module, kit.make_trainer(1))
+    assert not module._term_norms._gradients
