@@ -216,6 +216,8 @@ def main() -> None:
         "learning_rates": [*LEARNING_RATES],
         "runs": results,
     }
+    loaded = {task: noise_tasks.load(task, args.seeds[0], args.cache) for task in args.task}
+    found["pairs"] = {name: {"train": len(task.train), "test": len(task.test)} for name, task in loaded.items()}
     if args.json:
         print(json.dumps(found))
     if args.write:

@@ -43,16 +43,29 @@ def page(found: dict[str, Any]) -> str:
         f"{' '.join(_tasks(runs))} --seeds {' '.join(map(str, seeds))} --write`.",
         "",
         f"Every objective trains for the same CPU seconds ({_seconds(runs)}) from the same start ({machine['device']}, one thread, torch",
-        f"{machine['versions']['torch']}), so GAPO, with three forwards and two backwards a step, takes fewer steps. Batch",
-        f"{found['batch']}; learning rates: the best of " + ", ".join(f"{lr:g}" for lr in found["learning_rates"]) + " on clean labels of",
-        "another seed. *Accuracy*: share of clean held-out pairs in which the policy gives the chosen response more per token. *Learnt*:",
-        "share of them in which training moved that difference the right way; 0.5 is nothing. Both after",
-        f"training on labels of which a share was exchanged. Mean over {len(seeds)} seeds (lowest to highest). Small policies from",
-        "scratch: this compares losses, not models.",
+        f"{machine['versions']['torch']}), so GAPO, with 3 forwards and 2 backwards a step, takes fewer steps. Batch {found['batch']};",
+        "learning rates: of " + ", ".join(f"{lr:g}" for lr in found["learning_rates"]) + " the one that learns most from clean labels on",
+        "another seed.",
+        "",
+        "- *Accuracy*: share of clean held-out pairs in which the policy gives the chosen response more per token.",
+        "- *Learnt*: share of them in which training moved that difference the right way; 0.5 is nothing.",
+        "",
+        f"Both after training on labels of which a share was exchanged. {_over(seeds)} Held-out pairs: {_pairs(found['pairs'])}; one",
+        "standard error of a share is about 0.03 of 200 pairs and 0.055 of 80, so single cells are leads and only runs of cells say",
+        "anything. Small policies from scratch: this compares losses, not models. None of them keeps the samples good: nothing but",
+        "`sft_weight`, which is 0 here, holds the chosen text's likelihood up, and rates chosen to learn pairs fast are hard on it.",
     ]
     for task in _tasks(runs):
         parts += _task([row for row in runs if row["task"] == task], task)
     return "\n".join([*parts, *_quintiles(runs), ""])
+
+
+def _over(seeds: Sequence[int]) -> str:
+    return "One seed." if len(seeds) == 1 else f"Mean over {len(seeds)} seeds (lowest to highest)."
+
+
+def _pairs(pairs: dict[str, dict[str, int]]) -> str:
+    return ", ".join(f"{task} {sizes['test']} (of training {sizes['train']})" for task, sizes in pairs.items())
 
 
 def _seconds(runs: Iterable[Row]) -> str:

@@ -58,7 +58,7 @@ def found():
     runs = [run("dpo", "random", 0.0, seed, 0.7 + seed / 100) for seed in (1, 2)]
     runs += [run("gapo", "length", 0.4, seed, 0.6, [0.5, 0.4, 0.4, 0.4, 0.3]) for seed in (1, 2)]
     machine = {"device": "a machine", "versions": {"torch": "2.13.0"}}
-    return {"machine": machine, "batch": 16, "learning_rates": [1e-4], "runs": runs}
+    return {"machine": machine, "batch": 16, "learning_rates": [1e-4], "pairs": {"world": {"train": 9, "test": 3}}, "runs": runs}
 
 
 def test_the_page_shows_means_ranges_and_quintiles(found):
