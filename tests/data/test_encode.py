@@ -11,6 +11,7 @@ from aapa_lightning.data.encode import (
     encode_demonstration,
     encode_prompt,
     end_of_turn_id,
+    expert_responses,
     fit_lengths,
 )
 from aapa_lightning.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
@@ -249,17 +250,17 @@ def test_limits_count_the_end_token(chatml):
 def test_fit_lengths(plain, caplog):
     eos = plain.eos_token_id
     records = [Record(prompt="a"), Record(prompt="a" * 40, source="d.jsonl:2"), Record(prompt="b", experts=("c" * 40,))]
-    assert fit_lengths(plain, records, PromptFormat(), eos, demonstrations=True) is records
+    assert fit_lengths(plain, records, PromptFormat(), eos, expert_responses) is records
     with pytest.raises(OverlongError, match=r"d\.jsonl:2: the prompt has 40 tokens"):
-        fit_lengths(plain, records, PromptFormat(max_prompt_tokens=8), eos, demonstrations=True)
+        fit_lengths(plain, records, PromptFormat(max_prompt_tokens=8), eos, expert_responses)
     drop = PromptFormat(max_prompt_tokens=8, max_response_tokens=8, overlong="drop")
     with caplog.at_level(logging.WARNING):
-        kept = fit_lengths(plain, records, drop, eos, demonstrations=True)
+        kept = fit_lengths(plain, records, drop, eos, expert_responses)
     assert [r.prompt for r in kept] == ["a"]
     assert "2 of 3 records are over the length limits" in caplog.text
-    assert [r.prompt for r in fit_lengths(plain, records, drop, eos, demonstrations=False)] == ["a", "b"]
+    assert [r.prompt for r in fit_lengths(plain, records, drop, eos)] == ["a", "b"]
     with pytest.raises(DataError, match="all 1 records are longer than the limits"):
-        fit_lengths(plain, records[1:2], drop, eos, demonstrations=True)
+        fit_lengths(plain, records[1:2], drop, eos, expert_responses)
 
 
 @pytest.mark.parametrize(
