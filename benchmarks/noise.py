@@ -120,17 +120,7 @@ def train(run: Run, task: noise_tasks.Task) -> dict[str, Any]:
         **OBJECTIVES[run.objective],
     )
     weights, budget = Weights(module), Budget(run.seconds)
-    trainer = L.Trainer(
-        max_steps=100_000,
-        callbacks=[budget],
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-    )
+    trainer = noise_tasks.quiet_trainer(100_000, budget)
     trainer.fit(module, AapaDataModule(pairs))
     module.eval()
     result = {"steps": budget.steps, "flipped": sum(p.extra["flipped"] for p in pairs)} | pair_figures(module, task)

@@ -75,6 +75,21 @@ def load(name: str, seed: int, folder: Path) -> Task:
     return TASKS[name](seed, folder / f"{name}-{seed}")
 
 
+def quiet_trainer(max_steps: int, *callbacks: L.Callback) -> L.Trainer:
+    """A trainer on the CPU that prints and writes nothing."""
+    return L.Trainer(
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+    )
+
+
 def _sft(spec: PolicySpec, records: Sequence[Record], fmt: PromptFormat, out: Path, *, steps: int, lr: float, seed: int) -> None:
     """Train the policy that every run starts from."""
     if (out / "config.json").exists():
@@ -91,16 +106,7 @@ def _sft(spec: PolicySpec, records: Sequence[Record], fmt: PromptFormat, out: Pa
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
         lr_scheduler=schedule,
     )
-    trainer = L.Trainer(
-        max_steps=steps,
-        logger=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet_trainer(steps)
     trainer.fit(module, AapaDataModule(records))
     module.export(out)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.data.encode import NamedText, encode_demonstration, expert_responses, fit_lengths, no_responses
 from aapa_lightning.data.records import require_experts
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, collect, no_rescoring
-from aapa_lightning.loop.demonstrations import count_demonstrations
+from aapa_lightning.loop.demonstrations import count_demonstrations, demonstration_logprobs
 from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
@@ -21,6 +22,7 @@ from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, open_window, policy_inputs, restore_window, rollout_requests
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.windowed import OptimizerFactory, Records, SchedulerFactory, WindowedModule, default_optimizer
+from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.policy import PolicySpec, save_policy
 from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
 
@@ -143,6 +145,37 @@ class PolicyModule(WindowedModule, InferenceModule):
             rescore=self.rescore(),
             sum_over_ranks=self.sum_over_ranks,
         )
+
+    def demonstration_plan(self, size: int, samples: int, accumulate: int, world_size: int, why_loss: str) -> WindowPlan:
+        """Windows of one optimiser step over demonstrations (or pairs); responses are sampled to their prompts only when anchored.
+
+        Args:
+            size: demonstrations of a step, over micro-steps and ranks.
+            samples: responses to each prompt, when anchored.
+            accumulate: micro-steps of a step.
+            world_size: number of ranks.
+            why_loss: why the anchor has no reward to join, such as ``"SFT has none"``.
+
+        Raises:
+            ConfigError: numbers that do not divide, or an anchor that joins a reward or cannot compare.
+        """
+        if self.anchor is not None:
+            self.anchor.check_host(group_size=samples)
+            if self.anchor.combine != "loss":
+                raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and {why_loss}; use combine=loss")
+        return WindowPlan(
+            samples=samples,
+            demonstrations=size,
+            sample_demonstrations=self.anchor is not None,
+            accumulate=accumulate,
+            world_size=world_size,
+        )
+
+    def imitation_term(self, window: Window, micro_step: int) -> LossTerm:
+        """The negative log-likelihood of a micro-step's demonstrations, divided by the tokens of the step's."""
+        rows, counts = window.demonstrations_of(micro_step)
+        logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
+        return LossTerm("sft", sft_loss(logprobs, mask), mask, counts)
 
     def anchor_weight(self) -> float:
         """Lambda at the current optimiser step; 0 without an anchor."""

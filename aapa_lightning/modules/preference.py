@@ -186,17 +186,7 @@ class PreferenceModule(PolicyModule):
 
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """One optimiser step a window; responses are sampled only when anchored, to the prompts of the pairs."""
-        if self.anchor is not None:
-            self.anchor.check_host(group_size=self.anchor_group_size)
-            if self.anchor.combine != "loss":
-                raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and pairs have none; use combine=loss")
-        plan = WindowPlan(
-            samples=self.anchor_group_size,
-            demonstrations=self.batch_size,
-            sample_demonstrations=self.anchor is not None,
-            accumulate=accumulate,
-            world_size=world_size,
-        )
+        plan = self.demonstration_plan(self.batch_size, self.anchor_group_size, accumulate, world_size, "pairs have none")
         if self.objective.labels and plan.demonstrations_per_slice < 2:
             raise ConfigError(
                 f"{self.objective_name} compares a prompt with the response to another one of the same micro-step: expected at least 2 "

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from aapa_lightning.errors import ConfigError
-from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.base import OptimizerFactory, PolicyModule
-from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.types import LossOutputs, TokenLossInputs
@@ -63,23 +60,11 @@ class SFTModule(PolicyModule):
 
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """One optimiser step a window; responses are sampled only when anchored, to the very prompts that are imitated."""
-        if self.anchor is not None:
-            self.anchor.check_host(group_size=self.anchor_group_size)
-            if self.anchor.combine != "loss":
-                raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and SFT has none; use combine=loss")
-        return WindowPlan(
-            samples=self.anchor_group_size,
-            demonstrations=self.batch_size,
-            sample_demonstrations=self.anchor is not None,
-            accumulate=accumulate,
-            world_size=world_size,
-        )
+        return self.demonstration_plan(self.batch_size, self.anchor_group_size, accumulate, world_size, "SFT has none")
 
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """Imitation, and the adversarial term when anchored."""
-        rows, counts = window.demonstrations_of(micro_step)
-        logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
-        terms = [LossTerm("sft", sft_loss(logprobs, mask), mask, counts)]
+        terms = [self.imitation_term(window, micro_step)]
         if self.anchor is not None:
             terms.append(self.sampled_anchor_term(window, micro_step, self._surrogate))
         return terms

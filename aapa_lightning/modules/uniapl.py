@@ -7,12 +7,10 @@ from typing import Any
 
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm, join_terms
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.grpo import GRPOModule
-from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.policy import PolicySpec
 
 
@@ -58,16 +56,11 @@ class UniAPLModule(GRPOModule):
     def loss_terms(self, window: Window, micro_step: int) -> list[LossTerm]:
         """Imitation, GRPO's terms, and the adversarial term over the rollouts of both."""
         # imitation comes first: dropout then draws what it draws in SFT
-        imitation = [self._imitation(window, micro_step)] if self.demonstrations_per_step else []
+        imitation = [self.imitation_term(window, micro_step)] if self.demonstrations_per_step else []
         terms = imitation + self.policy_terms(window, micro_step, self.rl_weight.weight(self.global_step))
         if imitation and self.anchor is not None:
             terms[-1] = join_terms(terms[-1], self.sampled_anchor_term(window, micro_step, self._surrogate))
         return terms
-
-    def _imitation(self, window: Window, micro_step: int) -> LossTerm:
-        rows, counts = window.demonstrations_of(micro_step)
-        logprobs, mask = demonstration_logprobs(self.model, rows, self.tokenizer.pad_token_id, self.device)
-        return LossTerm("sft", sft_loss(logprobs, mask), mask, counts)
 
     def step_metrics(self) -> dict[str, float]:
         """w, and lambda where there is an anchor."""

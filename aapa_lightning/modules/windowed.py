@@ -100,7 +100,7 @@ class WindowedModule(L.LightningModule):
 
     def restore(self, state: dict[str, Any], step: WindowStep, plan: WindowPlan) -> OpenWindow:
         """Make this rank's share of a window that was left in the middle, from what ``OpenWindow.state`` gave."""
-        raise NotImplementedError
+        raise RuntimeError(f"{type(self).__name__}: a window of one optimiser step ends with it, so no checkpoint lies inside one")
 
     def step_metrics(self) -> dict[str, float]:
         """Scalars of the optimiser step beside those of its terms and window, the same on all ranks."""
