@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from aapa_lightning.anchor.guard import Guard
 from aapa_lightning.anchor.schedule import Adaptive
 from aapa_lightning.callbacks.anchor import AnchorCallback
 from aapa_lightning.data.datamodule import AapaDataModule
+from aapa_lightning.logprobs import sequence_logprobs
 from aapa_lightning.modules.chord import CHORDModule
 from aapa_lightning.modules.grpo import GRPOModule
 from aapa_lightning.modules.preference import PreferenceModule
@@ -173,3 +175,25 @@ def fit(module, trainer: L.Trainer, data=None, *, demonstrations=None, val=None,
 def weights(module) -> dict[str, torch.Tensor]:
     """A copy of the policy's weights."""
     return {name: value.detach().clone() for name, value in module.model.state_dict().items()}
+
+
+def separable(count=8):
+    """One word is better than another to every prompt."""
+    words = ("calm sea.", "a storm!")
+    return [Record(f"Describe the harbor {i}.", chosen=words[0], rejected=words[1], source=f"data.jsonl:{i + 1}") for i in range(count)]
+
+
+def run_preference(spec, steps, data=None, callbacks=(), trainer=None, **options):
+    """A fit of PreferenceModule: the module, and what it logged at each step."""
+    rows = Rows()
+    module = make_module("preference", spec, **options)
+    fit(module, make_trainer(steps, callbacks=callbacks, logger=rows, **(trainer or {})), data=data)
+    return module, [row for _, row in rows.rows]
+
+
+def response_sum(model, module, record, text):
+    """Log-prob of a response under a model, without padding."""
+    row = module.encode(replace(record, chosen=text, rejected=None)).chosen
+    ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.response_mask])
+    with torch.no_grad():
+        return float(sequence_logprobs(model, ids, torch.ones_like(learned), learned).sum())

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
-from aapa_lightning.logprobs import sequence_logprobs
 from aapa_lightning.objectives.preference import PREFERENCES
 from aapa_lightning.types import Record
 
@@ -13,22 +11,9 @@ from aapa_lightning.types import Record
 EAGER = {"dpo": {"beta": 1.0}, "ipo": {"beta": 0.1}, "rpo": {"beta": 1.0}, "kto": {"beta": 1.0}, "sympo": {"beta": 1.0}}
 
 
-def separable(count=8):
-    """One word is better than another to every prompt."""
-    words = ("calm sea.", "a storm!")
-    return [Record(f"Describe the harbor {i}.", chosen=words[0], rejected=words[1], source=f"data.jsonl:{i + 1}") for i in range(count)]
-
-
-def run(kit, spec, steps, data=None, callbacks=(), trainer=None, **options):
-    rows = kit.Rows()
-    module = kit.make_module("preference", spec, **options)
-    kit.fit(module, kit.make_trainer(steps, callbacks=callbacks, logger=rows, **(trainer or {})), data=data)
-    return module, [row for _, row in rows.rows]
-
-
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_every_objective_learns_a_separable_task(kit, spec, name):
-    _, rows = run(kit, spec, 12, separable(), objective=name, options=EAGER.get(name), lr_scheduler=None)
+    _, rows = kit.run_preference(spec, 12, kit.separable(), objective=name, options=EAGER.get(name), lr_scheduler=None)
     assert rows[-1]["train/preference/accuracy"] == 1.0
     assert all(row["train/skipped_steps"] == 0 for row in rows)
     assert {"train/preference/margin", "train/preference/weight", "train/loss/preference"} <= rows[0].keys()
@@ -40,43 +25,37 @@ def test_every_objective_learns_a_separable_task(kit, spec, name):
         assert rows[-1]["train/sft/nll"] < rows[0]["train/sft/nll"]
 
 
-def _sum(model, module, record, text):
-    row = module.encode(replace(record, chosen=text, rejected=None)).chosen
-    ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.response_mask])
-    with torch.no_grad():
-        return float(sequence_logprobs(model, ids, torch.ones_like(learned), learned).sum())
-
-
 def test_the_chosen_responses_likelihood_is_a_mean_over_the_steps_tokens(kit, spec):
     records = kit.make_records()
     for accumulate in (1, 3):
-        _, rows = run(kit, spec, 1, records, objective="simpo", sft_weight=0.5, batch_size=12, sgd=True, trainer={"accumulate": accumulate})
+        _, rows = kit.run_preference(
+            spec, 1, records, objective="simpo", sft_weight=0.5, batch_size=12, sgd=True, trainer={"accumulate": accumulate}
+        )
         start = kit.make_module("preference", spec)
         start.configure_model()
-        total = sum(_sum(start.model, start, record, record.chosen) for record in records)
+        total = sum(kit.response_sum(start.model, start, record, record.chosen) for record in records)
         tokens = sum(sum(start.encode(record).chosen.response_mask) for record in records)
         assert rows[0]["train/loss/sft"] == pytest.approx(-total / tokens, rel=1e-5)
         assert rows[0]["train/loss"] == pytest.approx(rows[0]["train/loss/preference"] + 0.5 * rows[0]["train/loss/sft"], rel=1e-5)
 
 
 def test_an_imitation_weight_of_zero_leaves_the_term_out(kit, spec):
-    _, rows = run(kit, spec, 1, objective="orpo", sft_weight=0.0)
+    _, rows = kit.run_preference(spec, 1, objective="orpo", sft_weight=0.0)
     assert "train/loss/sft" not in rows[0]
-    _, rows = run(kit, spec, 1, objective="orpo")
+    _, rows = kit.run_preference(spec, 1, objective="orpo")
     assert "train/loss/sft" in rows[0]
 
 
 def test_an_empty_rejected_response_is_its_end_alone(kit, spec):
     data = [Record(f"Describe {i}.", chosen="The boats rest.", rejected="", source=f"data.jsonl:{i + 1}") for i in range(4)]
-    module, rows = run(kit, spec, 2, data, objective="simpo")
+    module, rows = kit.run_preference(spec, 2, data, objective="simpo")
     assert sum(module.encode(data[0]).rejected.response_mask) == 1
     assert rows[-1]["train/skipped_steps"] == 0
 
 
 def test_pairs_over_the_limits_are_left_out(kit, spec, caplog):
-    data = [*separable(8), Record("Describe.", chosen="calm", rejected="storm " * 40, source="data.jsonl:9")]
-    module, _ = run(
-        kit,
+    data = [*kit.separable(8), Record("Describe.", chosen="calm", rejected="storm " * 40, source="data.jsonl:9")]
+    module, _ = kit.run_preference(
         spec,
         3,
         data,
@@ -97,7 +76,7 @@ def test_earlier_assistant_turns_are_no_part_of_a_response(kit, spec):
     data = [Record(turns, chosen="calm", rejected="storm", source=f"data.jsonl:{i + 1}") for i in range(4)]
     masks = []
     for which in ("last", "all"):
-        module, _ = run(kit, spec, 1, data, prompt_format=PromptFormat(assistant_turns=which))
+        module, _ = kit.run_preference(spec, 1, data, prompt_format=PromptFormat(assistant_turns=which))
         masks.append(module.encode(data[0]).chosen.response_mask)
     assert masks[0] == masks[1]
 
@@ -106,11 +85,11 @@ def test_earlier_assistant_turns_are_no_part_of_a_response(kit, spec):
 def test_labels_need_no_counterpart(kit, spec, paired):
     """KTO: three desirable responses and nine that are not, or both to each prompt."""
     data = (
-        separable(12)
+        kit.separable(12)
         if paired
-        else [replace(record, **({"rejected": None} if i % 4 == 0 else {"chosen": None})) for i, record in enumerate(separable(12))]
+        else [replace(record, **({"rejected": None} if i % 4 == 0 else {"chosen": None})) for i, record in enumerate(kit.separable(12))]
     )
-    _, rows = run(kit, spec, 12, data, objective="kto", options={"beta": 1.0}, lr_scheduler=None, trainer={"accumulate": 2})
+    _, rows = kit.run_preference(spec, 12, data, objective="kto", options={"beta": 1.0}, lr_scheduler=None, trainer={"accumulate": 2})
     shares = [row["train/preference/desirable"] for row in rows]
     assert sum(shares[:3]) / 3 == pytest.approx(0.5 if paired else 0.25)
     assert rows[-1]["train/preference/accuracy"] == 1.0
@@ -118,15 +97,18 @@ def test_labels_need_no_counterpart(kit, spec, paired):
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.3])
 def test_a_micro_step_of_undesirable_responses_alone(kit, spec, sft_weight):
-    data = [replace(record, **({"rejected": None} if i == 0 else {"chosen": None})) for i, record in enumerate(separable(8))]
-    _, rows = run(kit, spec, 4, data, objective="kto", sft_weight=sft_weight, trainer={"accumulate": 2})
+    data = [replace(record, **({"rejected": None} if i == 0 else {"chosen": None})) for i, record in enumerate(kit.separable(8))]
+    _, rows = kit.run_preference(spec, 4, data, objective="kto", sft_weight=sft_weight, trainer={"accumulate": 2})
     assert all(row["train/skipped_steps"] == 0 for row in rows)
     assert min(row["train/preference/desirable"] for row in rows) == 0.0
 
 
 def test_kto_divides_by_responses_not_by_records(kit, spec):
     """At the start every loss is 1 - sigma(0), however many responses the records of a step have."""
-    for data in (separable(4), [replace(record, rejected=None) if i else record for i, record in enumerate(separable(4))]):
+    for data in (
+        kit.separable(4),
+        [replace(record, rejected=None) if i else record for i, record in enumerate(kit.separable(4))],
+    ):
         for accumulate in (1, 2):
-            _, rows = run(kit, spec, 1, data, objective="kto", trainer={"accumulate": accumulate})
+            _, rows = kit.run_preference(spec, 1, data, objective="kto", trainer={"accumulate": accumulate})
             assert rows[0]["train/loss/preference"] == pytest.approx(0.5, abs=1e-5)

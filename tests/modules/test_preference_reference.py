@@ -7,39 +7,17 @@ import torch
 
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.logprobs import sequence_logprobs
 from aapa_lightning.policy import PolicySpec, load_policy, save_policy
-from aapa_lightning.types import Record
-
-
-def separable(count=8):
-    """One word is better than another to every prompt."""
-    words = ("calm sea.", "a storm!")
-    return [Record(f"Describe the harbor {i}.", chosen=words[0], rejected=words[1], source=f"data.jsonl:{i + 1}") for i in range(count)]
-
-
-def run(kit, spec, steps, data=None, callbacks=(), trainer=None, **options):
-    rows = kit.Rows()
-    module = kit.make_module("preference", spec, **options)
-    kit.fit(module, kit.make_trainer(steps, callbacks=callbacks, logger=rows, **(trainer or {})), data=data)
-    return module, [row for _, row in rows.rows]
-
-
-def _sum(model, module, record, text):
-    row = module.encode(replace(record, chosen=text, rejected=None)).chosen
-    ids, learned = torch.tensor([row.input_ids]), torch.tensor([row.response_mask])
-    with torch.no_grad():
-        return float(sequence_logprobs(model, ids, torch.ones_like(learned), learned).sum())
 
 
 def test_the_first_step_starts_at_the_reference(kit, spec):
-    _, rows = run(kit, spec, 1, objective="dpo")
+    _, rows = kit.run_preference(spec, 1, objective="dpo")
     assert rows[0]["train/preference/margin"] == pytest.approx(0.0, abs=1e-4)
     assert rows[0]["train/loss/preference"] == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_the_reference_stays_as_it_was_and_out_of_checkpoints(kit, spec, same, differ, tmp_path):
-    module, _ = run(kit, spec, 3, objective="dpo", callbacks=[kit.SaveAt(tmp_path)])
+    module, _ = kit.run_preference(spec, 3, objective="dpo", callbacks=[kit.SaveAt(tmp_path)])
     fresh = kit.make_module("preference", spec)
     fresh.configure_model()
     same(module._reference.model.state_dict(), fresh.model.state_dict())
@@ -61,14 +39,14 @@ def _save_moved(spec, folder):
 
 def test_a_reference_of_ones_own_choice(kit, spec, tmp_path):
     other = _save_moved(spec, tmp_path)
-    module, rows = run(kit, spec, 1, objective="dpo", reference=other, batch_size=12, options={"beta": 0.5})
+    module, rows = kit.run_preference(spec, 1, objective="dpo", reference=other, batch_size=12, options={"beta": 0.5})
     start = kit.make_module("preference", spec)
     start.configure_model()
     margins = [
-        _sum(start.model, start, record, record.chosen)
-        - _sum(start.model, start, record, record.rejected)
-        - _sum(module._reference.model, start, record, record.chosen)
-        + _sum(module._reference.model, start, record, record.rejected)
+        kit.response_sum(start.model, start, record, record.chosen)
+        - kit.response_sum(start.model, start, record, record.rejected)
+        - kit.response_sum(module._reference.model, start, record, record.chosen)
+        + kit.response_sum(module._reference.model, start, record, record.rejected)
         for record in kit.make_records()
     ]
     assert max(map(abs, margins)) > 0.1
@@ -78,25 +56,25 @@ def test_a_reference_of_ones_own_choice(kit, spec, tmp_path):
 
 
 def test_the_cache_gives_the_run_of_the_live_reference(kit, spec, same, tmp_path):
-    live, _ = run(kit, spec, 4, objective="dpo", sgd=True)
-    cached, _ = run(kit, spec, 4, objective="dpo", sgd=True, reference_cache=str(tmp_path))
+    live, _ = kit.run_preference(spec, 4, objective="dpo", sgd=True)
+    cached, _ = kit.run_preference(spec, 4, objective="dpo", sgd=True, reference_cache=str(tmp_path))
     same(kit.weights(live), kit.weights(cached), atol=1e-5)
     assert cached._reference.model is None
-    again, _ = run(kit, spec, 4, objective="dpo", sgd=True, reference_cache=str(tmp_path))
+    again, _ = kit.run_preference(spec, 4, objective="dpo", sgd=True, reference_cache=str(tmp_path))
     same(kit.weights(cached), kit.weights(again))
 
 
 def test_a_run_that_has_its_cache_asks_no_reference(kit, spec, tmp_path, monkeypatch):
-    run(kit, spec, 1, objective="ipo", reference_cache=str(tmp_path))
+    kit.run_preference(spec, 1, objective="ipo", reference_cache=str(tmp_path))
     monkeypatch.setattr("aapa_lightning.loop.reference.response_sums", lambda *args: pytest.fail("the reference was asked"))
-    module, _ = run(kit, spec, 2, objective="hypo", reference_cache=str(tmp_path))
+    module, _ = kit.run_preference(spec, 2, objective="hypo", reference_cache=str(tmp_path))
     assert module._reference.model is None
 
 
 def test_the_cache_in_the_precision_of_training(kit, spec, tmp_path):
     """Policy and reference round alike, so the first margins are zero to what padding changes."""
-    _, rows = run(kit, spec, 1, objective="dpo", reference_cache=str(tmp_path / "a"), trainer={"precision": "bf16-mixed"})
-    _, live = run(kit, spec, 1, objective="dpo", trainer={"precision": "bf16-mixed"})
+    _, rows = kit.run_preference(spec, 1, objective="dpo", reference_cache=str(tmp_path / "a"), trainer={"precision": "bf16-mixed"})
+    _, live = kit.run_preference(spec, 1, objective="dpo", trainer={"precision": "bf16-mixed"})
     assert rows[0]["train/preference/margin"] == pytest.approx(live[0]["train/preference/margin"], abs=0.02)
 
 
@@ -111,16 +89,16 @@ def test_evaluation_needs_no_reference(kit, spec, tmp_path):
 def test_a_second_fit(kit, spec, tmp_path):
     """The reference is still the start of the first one; a cache whose copy has gone refuses other data."""
     for cache in (None, str(tmp_path)):
-        module, _ = run(kit, spec, 2, objective="dpo", reference_cache=cache)
+        module, _ = kit.run_preference(spec, 2, objective="dpo", reference_cache=cache)
         rows = kit.Rows()
         kit.fit(module, kit.make_trainer(1, logger=rows))
         assert abs(rows.rows[0][1]["train/preference/margin"]) > 1e-2
     with pytest.raises(ConfigError, match="build the module anew for other data"):
-        kit.fit(module, kit.make_trainer(1), data=separable())
+        kit.fit(module, kit.make_trainer(1), data=kit.separable())
 
 
 def test_a_fit_after_a_validation_of_a_checkpoint_has_the_reference_of_a_plain_resume(kit, spec, same, tmp_path):
-    run(kit, spec, 2, objective="dpo", callbacks=[kit.SaveAt(tmp_path)])
+    kit.run_preference(spec, 2, objective="dpo", callbacks=[kit.SaveAt(tmp_path)])
     found = []
     for validates in (False, True):
         module = kit.make_module("preference", spec, objective="dpo", eval_samples=0)
@@ -135,7 +113,7 @@ def test_a_fit_after_a_validation_of_a_checkpoint_has_the_reference_of_a_plain_r
 
 
 def test_a_cache_belongs_to_a_configuration_too(kit, spec, tmp_path):
-    run(kit, spec, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))
+    kit.run_preference(spec, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))
     other = replace(spec, config={"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}})
     with pytest.raises(ConfigError, match="another model"):
-        run(kit, other, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))
+        kit.run_preference(other, 1, objective="dpo", reference_cache=str(tmp_path / "cache"))
