@@ -50,3 +50,9 @@ def choose(options: Mapping[str, T], name: str, option: str) -> T:
     if name not in options:
         raise ConfigError(f"{option}: expected one of {', '.join(options)}; found {name!r}")
     return options[name]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and text of another library's error, short enough for a message of ours."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export the policy."""
-    from aapa_lightning.policy import export_policy
+    from aapa_lightning.export import export_policy
 
     given, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -26,9 +26,9 @@ from aapa_lightning.cli import TRAINER_COMMANDS
 from aapa_lightning.commands.config_files import names_data_class
 from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs
 from aapa_lightning.errors import ConfigError, users_cause
+from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
-from aapa_lightning.policy import export_policy
 from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
 
 #: The data module of a configuration that names none.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from aapa_lightning.attention import resolve_attention
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype, resolve_attention
+from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype
 
 if TYPE_CHECKING:
     from torch import nn

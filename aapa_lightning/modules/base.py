@@ -13,6 +13,7 @@ from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.data.encode import NamedText, encode_demonstration, expert_responses, fit_lengths, no_responses
 from aapa_lightning.data.records import require_experts
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.export import save_policy
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, collect, no_rescoring
 from aapa_lightning.loop.demonstrations import count_demonstrations, demonstration_logprobs
 from aapa_lightning.loop.experience import Experience
@@ -23,7 +24,7 @@ from aapa_lightning.loop.window import Window, open_window, policy_inputs, resto
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.windowed import OptimizerFactory, Records, SchedulerFactory, WindowedModule, default_optimizer
 from aapa_lightning.objectives.sft import sft_loss
-from aapa_lightning.policy import PolicySpec, save_policy
+from aapa_lightning.policy import PolicySpec
 from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
 
 __all__ = ["OptimizerFactory", "PolicyModule", "Records", "SchedulerFactory", "default_optimizer"]

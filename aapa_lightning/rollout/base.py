@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record, Rollouts
@@ -54,8 +55,9 @@ class RolloutRequest:
 
 
 class RolloutEngine(Protocol):
-    """Draws responses from the policy."""
+    """Draws responses from the policy. An engine of your own subclasses this, and need only write ``generate``."""
 
+    @abstractmethod
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
         """Draw ``samples`` responses for each request, rows in request order, samples of a request adjacent.
 
@@ -63,3 +65,17 @@ class RolloutEngine(Protocol):
         batched or spread over ranks.
         """
         ...
+
+    def sync(self, step: int) -> None:
+        """Take over the policy's weights as of optimiser step ``step``, before ``generate``; called on all ranks.
+
+        For engines that hold weights of their own; those that generate with the model in training have nothing to do. A second call with
+        the same step must cost nothing.
+        """
+
+    def close(self) -> None:
+        """Free what the engine holds: processes, connections, memory. Called once, when the run ends, also by an exception."""
+
+
+#: Makes an engine from the policy, its tokenizer and every id that ends a response.
+EngineFactory = Callable[[Any, Any, Sequence[int]], RolloutEngine]

@@ -7,7 +7,8 @@ import torch
 
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.policy import PolicySpec, load_policy, save_policy
+from aapa_lightning.export import save_policy
+from aapa_lightning.policy import PolicySpec, load_policy
 
 
 def test_the_first_step_starts_at_the_reference(kit, spec):
