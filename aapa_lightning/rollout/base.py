@@ -72,9 +72,11 @@ class RolloutEngine(Protocol):
         For engines that hold weights of their own; those that generate with the model in training have nothing to do. A second call with
         the same step must cost nothing.
         """
+        return
 
     def close(self) -> None:
         """Free what the engine holds: processes, connections, memory. Called once, when the run ends, also by an exception."""
+        return
 
 
 #: Makes an engine from the policy, its tokenizer and every id that ends a response.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
+from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.sampling import filter_logits, gumbel_noise, row_keys
 from aapa_lightning.rollout.text import decode_with_ends
 from aapa_lightning.types import Rollouts, pad_right
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Generates with the model being trained, in eval mode and without activation checkpointing, and restores both.
 
     Args:
