@@ -132,6 +132,7 @@ class PolicyModule(WindowedModule, InferenceModule):
         return [self.encode(record) for _, record in step.demonstrations]
 
     def _collect(self, step: WindowStep, plan: WindowPlan) -> Experience:
+        self.engine.sync(self.global_step)
         return collect(
             rollout_requests(self.tokenizer, step, self.prompt_format, plan),
             engine=self.engine,

@@ -31,8 +31,8 @@ from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
-from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
-from aapa_lightning.rollout.transformers_engine import TransformersEngine
+from aapa_lightning.rollout.base import EngineFactory, RolloutEngine, RolloutRequest, SamplingParams
+from aapa_lightning.rollout.engines import EngineName, build_engine
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.types import Demonstration, Record, Rollouts
 
@@ -51,7 +51,9 @@ class InferenceModule(L.LightningModule):
         reward_weights: one per reward; 1 each by default.
         judges: measures for evaluation alone; no training sees them.
         seed: of data order and sampling; None takes ``seed_everything``'s.
-        rollout_rows: responses generated at once; None for all.
+        engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first three
+            arguments are filled in).
+        rollout_rows: responses that an embedded engine generates at once; None for all.
         eval_batch_size: prompts of an evaluation batch.
         eval_samples: responses per prompt in evaluation; 0 evaluates expert likelihood alone.
         eval_temperature: of the responses in evaluation; None takes that of ``sampling``.
@@ -61,7 +63,7 @@ class InferenceModule(L.LightningModule):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    engine: TransformersEngine
+    engine: RolloutEngine
     eos_token_id: int  # ends an expert response; rollouts may end with any of the model's
 
     def __init__(
@@ -74,6 +76,7 @@ class InferenceModule(L.LightningModule):
         reward_weights: list[float] | None = None,
         judges: list[Reward] | None = None,
         seed: int | None = None,
+        engine: EngineName | EngineFactory = "auto",
         rollout_rows: int | None = None,
         eval_batch_size: int = 32,
         eval_samples: int = 1,
@@ -88,6 +91,7 @@ class InferenceModule(L.LightningModule):
         self.rewards = RewardSet(rewards, reward_weights) if rewards else None
         self.judges = judges or []
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.engine_choice = engine
         self.rollout_rows = rollout_rows
         self.eval_batch_size = eval_batch_size
         self.eval_samples = eval_samples
@@ -108,8 +112,13 @@ class InferenceModule(L.LightningModule):
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
         self.eos_token_id = end_of_turn_id(self.tokenizer, self.prompt_format, eos_ids)
-        self.engine = TransformersEngine(self.model, self.tokenizer, eos_ids, max_rows=self.rollout_rows)
+        self.engine = build_engine(self.engine_choice, self.model, self.tokenizer, eos_ids, self.rollout_rows)
         self._loaded = True
+
+    def teardown(self, stage: str) -> None:
+        """Let the engine free what it holds."""
+        if self._loaded:
+            self.engine.close()
 
     def eval_loader(self, records: Sequence[Record]) -> EvalLoader:
         """Batches of a split for this rank, of records that fit the length limits.
@@ -142,6 +151,7 @@ class InferenceModule(L.LightningModule):
         ]
         if not requests or samples == 0:
             return None
+        self.engine.sync(self.global_step)
         seed = derive_seed(purpose, self.seed, str(temperature))
         return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
 

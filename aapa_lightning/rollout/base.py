@@ -75,7 +75,7 @@ class RolloutEngine(Protocol):
         return
 
     def close(self) -> None:
-        """Free what the engine holds: processes, connections, memory. Called once, when the run ends, also by an exception."""
+        """Free what the engine holds: processes, connections, memory. Called when a run has ended; ``generate`` may come again."""
         return
 
 
