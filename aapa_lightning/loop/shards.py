@@ -8,19 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-
-def shard_units(model: nn.Module) -> list[FSDPModule]:
-    """The modules that ``fully_shard`` was called on."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop gathered parameters: the next forward gathers what the shards hold by then."""
-    for unit in shard_units(model):
-        unit.reshard()
+from aapa_lightning.sharding import parameter_groups, shard_units
 
 
 def local(value: Tensor) -> Tensor:
@@ -82,7 +72,7 @@ def sharded_gradient(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Par
 @contextmanager
 def _empty_and_reducing(model: nn.Module) -> Iterator[None]:
     # While a trainer accumulates, FSDP does not reduce, and keeps gradients in places of its own that a reducing backward would empty.
-    groups = _parameter_groups(model)
+    groups = parameter_groups(shard_units(model))
     flags = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
     held = [(p, p.unsharded_accumulated_grad) for group in groups for p in group.fsdp_params]
     gathered = [p._unsharded_param for p, _ in held if hasattr(p, "_unsharded_param")]
@@ -102,10 +92,3 @@ def _empty_and_reducing(model: nn.Module) -> Iterator[None]:
             p.unsharded_accumulated_grad = accumulated
         for gathered_p, grad in zip(gathered, grads, strict=True):
             gathered_p.grad = grad
-
-
-def _parameter_groups(model: nn.Module) -> list[Any]:
-    # torch has no public way to ask whether FSDP reduces; in earlier versions a unit holds a single group, under the second name.
-    states: list[Any] = [unit._get_fsdp_state() for unit in shard_units(model)]
-    groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] if g is not None]
-    return list({id(group): group for group in groups}.values())

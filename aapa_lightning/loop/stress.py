@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.loop.layers import perturbed_parameters
-from aapa_lightning.loop.shards import local, reshard, shard_units, sharded_gradient, sum_over_shards
+from aapa_lightning.loop.shards import local, sharded_gradient, sum_over_shards
+from aapa_lightning.sharding import reshard, shard_units
 from aapa_lightning.types import SumOverRanks, identity_sum
 
 #: Keeps a gradient of zero from moving anything.
