@@ -153,6 +153,8 @@ class TokenLossInputs:
         advantages: float32 ``[N, L]`` (detached).
         ref_logprobs: float32 ``[N, L]``, the frozen reference policy, or None without a KL term.
         entropy: float32 ``[N, L]`` nats, of the policy's next-token distribution, or None.
+        weights: float32 ``[N, L]`` (detached), what the surrogate is multiplied by to correct for the engine's distribution, or None.
+        weight_metrics: values ``[N, L]`` that go with the weights, to be logged.
     """
 
     logprobs: Tensor
@@ -161,6 +163,8 @@ class TokenLossInputs:
     advantages: Tensor
     ref_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    weights: Tensor | None = None
+    weight_metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

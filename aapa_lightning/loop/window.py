@@ -15,6 +15,7 @@ from aapa_lightning.loop.demonstrations import count_demonstrations
 from aapa_lightning.loop.experience import Experience, experience_state, restore_experience, slice_rollouts
 from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.objectives.correction import CorrectionOptions, correction_weights
 from aapa_lightning.reduce import StepCounts, count_step
 from aapa_lightning.rollout.base import RolloutRequest
 from aapa_lightning.types import Record, Rollouts, SumOverRanks, TokenLossInputs, identity_sum
@@ -122,6 +123,7 @@ def policy_inputs(
     *,
     entropy: bool = False,
     entropy_grad: bool = False,
+    correction: CorrectionOptions | None = None,
 ) -> TokenLossInputs:
     """Run the policy over a slice of experience.
 
@@ -132,6 +134,7 @@ def policy_inputs(
         temperature: of the rollouts.
         entropy: also compute entropies.
         entropy_grad: they carry a gradient.
+        correction: for the difference between the old log-probs and the engine's; None for none.
 
     Returns:
         Inputs of a policy objective. Without old log-probs (one update per window) the old ones are the new ones, detached: the ratio is 1.
@@ -147,14 +150,17 @@ def policy_inputs(
         entropy=entropy,
         entropy_grad=entropy_grad,
     )
-    old = experience.old_logprobs
+    old = logprobs.detach() if experience.old_logprobs is None else experience.old_logprobs
+    weights, weight_metrics = correction_weights(old, rollouts.engine_logprobs, experience.loss_mask, correction or CorrectionOptions())
     return TokenLossInputs(
         logprobs=logprobs,
-        old_logprobs=logprobs.detach() if old is None else old,
+        old_logprobs=old,
         response_mask=experience.loss_mask,
         advantages=advantages if advantages.dim() == 2 else advantages[:, None].expand_as(logprobs),
         ref_logprobs=experience.ref_logprobs,
         entropy=entropies,
+        weights=weights,
+        weight_metrics=weight_metrics,
     )
 
 

@@ -23,6 +23,7 @@ from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, open_window, policy_inputs, restore_window, rollout_requests
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.windowed import OptimizerFactory, Records, SchedulerFactory, WindowedModule, default_optimizer
+from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
@@ -39,6 +40,7 @@ class PolicyModule(WindowedModule, InferenceModule):
         lr_scheduler: from an optimiser to a scheduler, stepped once per optimiser step.
         max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
         term_norms_every: optimiser steps between those that log the gradient norm of every term; 0 for never. See ``WindowedModule``.
+        correction: weights for the difference between trainer and engine, for engines that compute with other kernels or older weights.
         **kwargs: see ``InferenceModule``.
     """
 
@@ -55,6 +57,7 @@ class PolicyModule(WindowedModule, InferenceModule):
         lr_scheduler: SchedulerFactory | None = None,
         max_skipped_steps: int = 10,
         term_norms_every: int = 0,
+        correction: CorrectionOptions | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -65,6 +68,7 @@ class PolicyModule(WindowedModule, InferenceModule):
             term_norms_every=term_norms_every,
             **kwargs,
         )
+        self.correction = correction
         self.anchor: AnchorTerm | None = None
 
     def advantage_options(self) -> AdvantageOptions:
@@ -190,7 +194,9 @@ class PolicyModule(WindowedModule, InferenceModule):
             raise RuntimeError("the window was collected without an anchor")
         weight = self.anchor_weight()
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            inputs = policy_inputs(self.model, experience, experience.anchor_advantages, self.sampling.temperature)
+            inputs = policy_inputs(
+                self.model, experience, experience.anchor_advantages, self.sampling.temperature, correction=self.correction
+            )
             outputs = surrogate(inputs)
         return LossTerm("anchor", outputs, experience.loss_mask, counts, weight=weight)
 

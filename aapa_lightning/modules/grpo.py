@@ -149,6 +149,7 @@ class GRPOModule(PolicyModule):
             self.sampling.temperature,
             entropy=self.log_entropy or self.entropy_coef != 0,
             entropy_grad=self.entropy_coef != 0,
+            correction=self.correction,
         )
 
         def term(name: str, loss: Callable[[TokenLossInputs], LossOutputs], used: TokenLossInputs, share: float) -> LossTerm:

@@ -20,7 +20,8 @@ def grpo_loss(
 ) -> LossOutputs:
     r"""Per-token loss of GRPO and its relatives (DAPO, Dr. GRPO, GSPO differ in clip, ratio level, advantages and aggregation).
 
-    ``l_it = surrogate_it + beta * KL_it - entropy_coef * H_it``. KL and entropy are aggregated as the surrogate is.
+    ``l_it = surrogate_it + beta * KL_it - entropy_coef * H_it``. KL and entropy are aggregated as the surrogate is; weights that
+    correct for the engine multiply the surrogate alone.
 
     Args:
         inputs: policy, old (and with ``beta`` reference) log-probs, advantages; entropy with ``entropy_coef``.

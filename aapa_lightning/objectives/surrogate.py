@@ -31,17 +31,18 @@ def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_hi
 
     ``l_it = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` with ``rho = pi / pi_old`` of the token, or, at sequence level, the
     geometric mean of the response's token ratios, ``exp(sum_t (log pi - log pi_old) / len_i)``, the same for all its tokens. Log-ratios are
-    clamped to +-20 before the exponential (no gradient beyond); ``log_ratio_clamped`` counts where.
+    clamped to +-20 before the exponential (no gradient beyond); ``log_ratio_clamped`` counts where. With weights, ``w_it l_it``.
 
     Args:
-        inputs: policy and old log-probs, mask and advantages. A sequence ratio with advantages that differ inside a response spreads each
-            token's advantage over the whole response.
+        inputs: policy and old log-probs, mask, advantages, weights. A sequence ratio with advantages that differ inside a response spreads
+            each token's advantage over the whole response.
         clip_low: lower clip, in (0, 1].
         clip_high: upper clip, positive.
         ratio_level: ``token`` or ``sequence``.
 
     Returns:
-        Losses ``[N, L]``; metrics ``ratio``, ``clip_fraction`` (tokens whose gradient the clip removed), ``log_ratio_clamped``.
+        Losses ``[N, L]``; metrics ``ratio``, ``clip_fraction`` (tokens whose gradient the clip removed), ``log_ratio_clamped``, and
+        those of the weights.
 
     Raises:
         ConfigError: an unknown ratio level.
@@ -60,11 +61,14 @@ def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_hi
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     advantages = inputs.advantages.masked_fill(~mask, 0.0)
     losses = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
+    if inputs.weights is not None:
+        losses = losses * inputs.weights.detach().masked_fill(~mask, 0.0)
     with torch.no_grad():
         clipped = ((ratio < 1.0 - clip_low) & (advantages < 0)) | ((ratio > 1.0 + clip_high) & (advantages > 0))
         metrics = {
             "ratio": ratio.detach(),
             "clip_fraction": clipped.to(ratio.dtype),
             "log_ratio_clamped": (log_ratio.abs() > LOG_RATIO_LIMIT).to(ratio.dtype),
+            **inputs.weight_metrics,
         }
     return LossOutputs(losses.masked_fill(~mask, 0.0), metrics)

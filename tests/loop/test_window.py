@@ -6,6 +6,7 @@ from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.window import open_window, policy_inputs, restore_window, rollout_requests
+from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.reduce import StepCounts
 from aapa_lightning.types import Demonstration, Record
 
@@ -161,6 +162,20 @@ def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_lives(model, mak
     assert inputs.advantages.tolist() == [[1.0] * 4, [-2.0] * 4]
     assert torch.equal(inputs.response_mask, experience.loss_mask)
     assert inputs.entropy is inputs.ref_logprobs is None
+
+
+def test_the_correction_uses_the_old_logprobs_and_the_trained_tokens(model, make_rollouts) -> None:
+    rollouts = make_rollouts([3, 1], [2, 4], truncated=(1,))
+    experience = experience_of(rollouts)
+    plain = policy_inputs(model, experience, torch.tensor([1.0, -2.0]), 0.7, correction=CorrectionOptions())
+    assert (plain.weights, plain.weight_metrics) == (None, {})
+    rollouts.engine_logprobs = plain.old_logprobs - torch.tensor([[0.25], [0.5]])
+    inputs = policy_inputs(model, experience, torch.tensor([1.0, -2.0]), 0.7, correction=CorrectionOptions("truncate"))
+    kept = experience.loss_mask
+    torch.testing.assert_close(inputs.weights, torch.tensor([[0.25], [0.5]]).exp() * kept)
+    torch.testing.assert_close(inputs.weight_metrics["engine_weight"], inputs.weights)
+    experience.old_logprobs = rollouts.engine_logprobs.clone()  # of several updates per window
+    assert torch.equal(policy_inputs(model, experience, torch.ones(2), 0.7, correction=CorrectionOptions("mask")).weights, kept.float())
 
 
 def test_what_is_held_is_used(model, make_rollouts) -> None:
