@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from aapa_lightning.logprobs import response_logprobs
+from aapa_lightning.rollout import decoding
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
+from aapa_lightning.rollout.sampling import row_keys
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
 from aapa_lightning.types import Record, Rollouts
 
@@ -160,19 +162,13 @@ def say(monkeypatch, model, tiny_tokenizer, requests):
     def run(scripts: list[list[int]], *, eos: list[int], params: SamplingParams = PARAMS, tokenizer=tiny_tokenizer) -> Rollouts:
         used = [replace(request, samples=1) for request in requests[: len(scripts)]]
         engine = TransformersEngine(model, tokenizer, eos)
-        forward = type(model).forward
-        position = 0
+        scripted = dict(zip(row_keys(0, 0, [(request.slot, 0) for request in used]).tolist(), scripts, strict=True))
 
-        def forced(self, *args, **kwargs):
-            nonlocal position
-            out = forward(self, *args, **kwargs)
-            out.logits = torch.zeros_like(out.logits)
-            for row, script in enumerate(scripts):
-                out.logits[row, -1, script[position] if position < len(script) else 9] = 1e4
-            position += 1
-            return out
+        def forced(logits, keys, position, params):
+            drawn = [script[position] if position < len(script) else 9 for script in (scripted[key] for key in keys.tolist())]
+            return logits, torch.tensor(drawn), torch.zeros(len(drawn))
 
-        monkeypatch.setattr(type(model), "forward", forced)
+        monkeypatch.setattr(decoding, "perturb", forced)
         return engine.generate(used, params, seed=0, window=0)
 
     return run
