@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from aapa_lightning.adapter_weights import adapter_base, merge_folder
+from aapa_lightning.adapters import LoraSpec, put_adapters
 from aapa_lightning.attention import resolve_attention
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.lm_head import check_backend, set_logprob_backend
+from aapa_lightning.quantization import quantization_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +24,8 @@ class PolicySpec:
     """Which model to train, and how to load it.
 
     Args:
-        model: a local folder or a Hub name. None builds a model from ``config`` with random weights.
+        model: a local folder or a Hub name, also of adapters, which are merged into their base model. None builds a model from ``config``
+            with random weights.
         config: ``AutoConfig`` arguments with ``model_type`` (for a model from scratch), or overrides of the loaded config.
         tokenizer: folder or name; None uses ``model``.
         revision: Hub revision of model and tokenizer.
@@ -34,6 +38,8 @@ class PolicySpec:
         seed: seed of the weights of a model built from ``config``.
         logprob_backend: how log-probs come from the LM head: ``auto`` (streamed for vocabularies of 16,384 and more), ``full`` (logits),
             ``chunked`` (streamed) or ``liger``.
+        lora: train adapters in the place of the weights.
+        quantization: of the weights under adapters: ``none``, ``nf4`` (QLoRA, 4 bits) or ``int8``; the last two by bitsandbytes.
     """
 
     model: str | None = None
@@ -47,6 +53,8 @@ class PolicySpec:
     disable_dropout: bool = True
     seed: int = 0
     logprob_backend: str = "auto"
+    lora: LoraSpec | None = None
+    quantization: str = "none"
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -89,9 +97,12 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     """Load model and tokenizer as ``spec`` says.
 
     Raises:
-        ConfigError: nothing to load, nothing there, or a vocabulary that does not hold the tokenizer's tokens.
+        ConfigError: nothing to load, nothing there, a vocabulary that does not hold the tokenizer's tokens, or options that contradict
+            each other.
+        MissingDependencyError: what adapters, quantised weights or flash-attention need is not installed.
     """
     check_backend(spec.logprob_backend)
+    _check_adapters(spec)
     tokenizer = load_tokenizer(spec)
     dtype = parse_dtype(spec.dtype)
     attention = resolve_attention(spec.attn_implementation, dtype)
@@ -102,12 +113,26 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             f"policy: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; "
             "use the model's own tokenizer or set config.vocab_size"
         )
+    if spec.lora is not None:
+        model = put_adapters(model, spec.lora, spec.seed)
     if spec.disable_dropout:
         disable_dropout(model)
-    if spec.activation_checkpointing:
+    if spec.activation_checkpointing:  # after the adapters: peft makes the embeddings' output require a gradient, for the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_logprob_backend(model, spec.logprob_backend)
     return model, tokenizer
+
+
+def _check_adapters(spec: PolicySpec) -> None:
+    if spec.lora is not None and spec.lora.dropout and spec.disable_dropout:
+        raise ConfigError(
+            f"policy.lora.dropout={spec.lora.dropout} would do nothing: policy.disable_dropout, which is on unless you say otherwise, sets "
+            "every dropout to 0; set policy.disable_dropout to false, or policy.lora.dropout to 0"
+        )
+    if spec.quantization != "none" and spec.lora is None:
+        raise ConfigError(
+            f"policy.quantization={spec.quantization}: quantised weights cannot be trained; add policy.lora, or leave quantization out"
+        )
 
 
 def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -115,6 +140,8 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: to
 
     if not spec.config or "model_type" not in spec.config:
         raise ConfigError("policy: expected `model` (a folder or name) or `config` with `model_type`, found neither")
+    if spec.quantization != "none":
+        raise ConfigError(f"policy.quantization={spec.quantization}: expected `model`, found random weights from `config`")
     settings = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -134,6 +161,16 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: to
 def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    below = adapter_base(source, spec.revision)
+    if below is not None:
+        if spec.quantization != "none":
+            raise ConfigError(
+                f"policy.quantization={spec.quantization}: {source!r} holds adapters, and merging them into quantised weights would round "
+                "them away; merge first: aapa export RUN --out FOLDER, or peft's merge_and_unload"
+            )
+        base = _from_folder(below.model, replace(spec, model=below.model, revision=below.revision), dtype, attention)
+        return merge_folder(base, source, spec.revision)
+    options = quantization_arguments(spec.quantization, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -141,6 +178,7 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=spec.trust_remote_code,
+            **options,
             **(spec.config or {}),
         )
     except Exception as error:  # transformers, safetensors, the Hub client and the model's own code raise errors of their own

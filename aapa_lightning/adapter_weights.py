@@ -1,0 +1,186 @@
+"""Weights under adapters: the base model's fingerprint, and the folders that merged weights and adapters are written to."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.adapters import base_state, peft_package, wrapped_layers
+from aapa_lightning.errors import ConfigError, in_one_line
+
+#: Settings of a model that do not change what it computes.
+_NOT_DIGESTED = ("_name_or_path", "transformers_version", "use_cache")
+#: Values of each tensor that go into a base model's fingerprint.
+_SAMPLED = 64
+
+
+def architecture(model: nn.Module) -> str:
+    """What beside the weights decides a log-prob, such as the scaling of rotary positions."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    return json.dumps({name: value for name, value in settings.items() if name not in _NOT_DIGESTED}, sort_keys=True, default=str)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hex digest of a base model: its configuration and, of every tensor, name, dtype, shape and up to 64 values spread over it.
+
+    Takes a fraction of a second where hashing all weights takes as long as reading them. Training moves nearly every value of the tensors
+    that it moves, so another stage or another seed is told apart; an edit of single values may not be.
+    """
+    digest = hashlib.sha256(architecture(model).encode())
+    for name, value in sorted(base_state(model).items()):
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """Weights under the base model's names, and in its dtype, with the adapters added. The model stays as it is, bit for bit.
+
+    Takes the memory of the adapted layers once more; the other tensors are the model's own.
+
+    Raises:
+        ConfigError: weights that are quantised, or lie in shards.
+    """
+    base = model.get_base_model()
+    state = base_state(model)
+    for path, inner in wrapped_layers(model).items():
+        layer = base.get_submodule(path)
+        if inner == "original_module":
+            trained = layer.modules_to_save[layer.active_adapters[0]].state_dict()
+            state |= {f"{path}.{name}": value.to(state[f"{path}.{name}"].dtype) for name, value in trained.items()}
+        else:
+            state[f"{path}.weight"] = _merged_weight(layer, path)
+    return state
+
+
+def _merged_weight(layer: Any, path: str) -> Tensor:
+    base = layer.get_base_layer()
+    weight = base.weight
+    if not weight.is_floating_point() or hasattr(weight, "full_tensor"):
+        kind = "quantised" if not weight.is_floating_point() else "in shards"
+        raise ConfigError(f"merging: the weights of {path} are {kind}; write the adapters alone (aapa export --adapter)")
+    # On a copy in the weight's place: a merge taken back by subtraction would leave other bits, and a tied weight is another layer's too.
+    base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    try:
+        layer.merge(safe_merge=True)
+        merged: Tensor = base.weight.detach()
+        base.weight = nn.Parameter(merged.clone(), requires_grad=False)
+        layer.unmerge()  # forgets what merging noted down
+    except ValueError as error:  # of safe_merge
+        raise ConfigError(f"merging: {path}: {in_one_line(error)}") from error
+    finally:
+        base.weight = weight
+    return merged
+
+
+def merged_model(model: Any) -> Any:
+    """A Hugging Face model of its own with the adapters merged, to be written; it shares the tensors that no adapter touches.
+
+    Where an adapter has pulled tied weights apart (a head and the embeddings), the new model has both.
+    """
+    base = model.get_base_model()
+    state = merged_state(model)
+    config = copy.deepcopy(base.config)
+    if _ties(config) and not _still_tied(base, state):
+        config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
+    with torch.device("meta"):
+        merged = type(base)(config)
+    merged.load_state_dict(state, assign=True)
+    merged.tie_weights()
+    merged.generation_config = copy.deepcopy(base.generation_config)
+    return merged
+
+
+def _still_tied(base: Any, state: Mapping[str, Tensor]) -> bool:
+    paths = {id(module): path for path, module in base.named_modules()}
+    head, embeddings = (state.get(f"{paths.get(id(m))}.weight") for m in (base.get_output_embeddings(), base.get_input_embeddings()))
+    return head is None or embeddings is None or torch.equal(head, embeddings)
+
+
+def save_adapter(model: Any, out: str | Path, base: str, revision: str | None = None) -> None:
+    """Write the folder that ``PeftModel.from_pretrained(base_model, out)`` loads.
+
+    Args:
+        model: with adapters.
+        out: folder to write.
+        base: folder or Hub name of the base model, which the folder names.
+        revision: of the base model.
+    """
+    config = model.active_peft_config
+    config.base_model_name_or_path, config.revision = base, revision
+    # never the base's embeddings: the library would add them, and ask the Hub whether they have grown
+    model.save_pretrained(out, save_embedding_layers=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBase:
+    """The model that a folder of adapters names as theirs: folder or Hub name, and revision."""
+
+    model: str
+    revision: str | None
+
+
+def adapter_base(source: str, revision: str | None = None) -> AdapterBase | None:
+    """What the adapters in a folder or Hub repository lie on; None where there are none.
+
+    Raises:
+        ConfigError: adapters that name no base model, or themselves.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(source, revision=revision)
+    except OSError:  # nothing there, or no network: whoever loads the model will say so
+        return None
+    if file is None:
+        return None
+    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    if not base or base == source:
+        raise ConfigError(
+            f"policy.model: {source!r} holds adapters, and its adapter_config.json names {base!r} as their base model; put the folder or "
+            "Hub name of the base there, or use a merged model (aapa export RUN --out FOLDER)"
+        )
+    return AdapterBase(base, settings.get("revision"))
+
+
+def merge_folder(base: Any, source: str, revision: str | None = None) -> Any:
+    """Add the adapters of a folder or Hub repository to their base model's weights, for good.
+
+    Raises:
+        ConfigError: adapters that are incomplete, do not fit, or cannot be merged.
+    """
+    peft = peft_package()
+    tied = {base.get_output_embeddings(), base.get_input_embeddings()} if _ties(base.config) else set()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings)")
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(base, source, revision=revision)
+        apart = [path for path, inner in wrapped_layers(adapted).items() if getattr(base.get_submodule(path), inner) in tied]
+        merged = None if apart else adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft, safetensors and the Hub client raise errors of their own, and the warning is one now
+        raise ConfigError(f"policy.model: cannot merge the adapters of {source!r}: {in_one_line(error)}") from error
+    if merged is None:
+        raise ConfigError(
+            f"policy.model: the adapters of {source!r} change {', '.join(apart)}, which shares its weights with another layer; start from "
+            "a merged folder (aapa export RUN --out FOLDER), which holds both"
+        )
+    return merged.requires_grad_(True)  # what peft froze
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
