@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, ClassVar, Literal
 
 from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.remote import Remote
 
-_LONGEST_WAIT = 30.0
-#: Bytes of an answer. A value for each of 16384 tokens of 32 texts takes some 15 MiB; a model that sends its hidden states takes gigabytes.
-_LONGEST_ANSWER = 1 << 28
 #: Scores become float32.
 _LARGEST_SCORE = 3.4028234e38
 
@@ -56,26 +50,9 @@ _APIS = {
 }
 
 
-def _is_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        plain = parts.username is None and not parts.query and not parts.fragment  # none of these would be sent
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and plain
-    except ValueError:  # a port that is no number
-        return False
-
-
-def _without_login(url: str) -> str:
-    """The address as a message may show it."""
-    return re.sub("//.*@", "//...@", re.split("[?#]", url)[0])
-
-
 @dataclass(frozen=True)
-class ScoreServer:
-    """Where a reward model is served, and how patiently it is asked.
-
-    Connection errors, timeouts, 429 and 5xx are tried again, after ``backoff`` seconds that double each time (at most 30); any other status
-    is an error at once. Proxies of the environment are not used.
+class ScoreServer(Remote):
+    """Where a reward model is served, and how patiently it is asked; see ``Remote``.
 
     Args:
         url: ``http://host:port``.
@@ -83,38 +60,33 @@ class ScoreServer:
         model: the served model's name, when it is not the name of the weights.
         batch_size: texts in one request.
         concurrency: requests at a time.
+        body: more fields of a request, such as ``{use_activation: null}``.
         connect_timeout: seconds.
         read_timeout: seconds without a byte of the answer.
         retries: tries after the first.
         backoff: seconds before the second try.
         api_key_env: environment variable that holds the bearer token.
-        body: more fields of a request, such as ``{use_activation: null}``.
 
     Raises:
         ConfigError: an option is illegal.
     """
 
-    url: str
+    check: ClassVar[str] = "check url, api and model"
+    # a value for each of 16384 tokens of 32 texts takes some 15 MiB; a model that sends its hidden states takes gigabytes
+    shorten: ClassVar[str] = "lower batch_size, or serve the model as a reward model: it may be sending its hidden states"
+
     api: Literal["vllm_pooling", "vllm_classify", "sglang_classify"] = "vllm_pooling"
     model: str | None = None
     batch_size: int = 32
     concurrency: int = 4
-    connect_timeout: float = 5.0
-    read_timeout: float = 120.0
-    retries: int = 5
-    backoff: float = 0.5
-    api_key_env: str | None = None
     body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choose(_APIS, self.api, "server.api")
-        if not _is_url(self.url):
-            raise ConfigError(f"server.url: expected http://host:port, found {_without_login(self.url)!r}; a token goes into api_key_env")
-        for name in ("batch_size", "concurrency", "connect_timeout", "read_timeout"):
+        super().__post_init__()
+        for name in ("batch_size", "concurrency"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"server.{name}: expected a number above 0, found {getattr(self, name)}")
-        if self.retries < 0 or self.backoff < 0:
-            raise ConfigError(f"server: expected retries and backoff of at least 0, found {self.retries} and {self.backoff}")
 
     def scores(self, texts: Sequence[str], where: Sequence[str], model: str) -> list[float]:
         """Score ``N`` texts, in their order.
@@ -146,7 +118,7 @@ class ScoreServer:
                 raise
         if len(set(texts)) > 1 and all(score == 1.0 for score in found):
             raise DataError(
-                f"{where[0]}: {self._named()} gave exactly 1.0 for all of {len(set(texts))} different texts: a softmax over one value; "
+                f"{where[0]}: {self.named()} gave exactly 1.0 for all of {len(set(texts))} different texts: a softmax over one value; "
                 "start it without that activation (vLLM: use_activation false in the request, or in --pooler-config)"
             )
         return found
@@ -155,77 +127,27 @@ class ScoreServer:
         api = _APIS[self.api]
         request = {"model": model, api.texts: list(texts), **api.body, **self.body}
         records = where[0] if len(where) == 1 else f"{where[0]} and {len(where) - 1} more"
-        content = self._ask(json.dumps(request).encode(), records, stop)
+        content = self.ask(api.path, request, f"score {records}", stop)
         try:
             values = api.values(json.loads(content, parse_int=float), len(texts))  # an endless integer is infinite
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise DataError(
-                f"{records}: expected the answer of {self.api} from {self._named()}, found {content[:200]!r} "
+                f"{records}: expected the answer of {self.api} from {self.named()}, found {content[:200]!r} "
                 f"({type(error).__name__}: {error}); is it another api?"
             ) from error
         if len(values) != len(texts):
-            raise DataError(f"{records}: expected {len(texts)} scores from {self._named()}, found {len(values)}")
+            raise DataError(f"{records}: expected {len(texts)} scores from {self.named()}, found {len(values)}")
         return [self._score(value, name) for value, name in zip(values, where, strict=True)]
 
     def _score(self, value: Any, where: str) -> float:
         number = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= _LARGEST_SCORE:
             raise DataError(
-                f"{where}: expected one finite score from {self._named()}, found {str(value)[:80]}; "
+                f"{where}: expected one finite score from {self.named()}, found {str(value)[:80]}; "
                 "is the model served as a reward model with one output?"
             )
         return float(number)
 
-    def _ask(self, payload: bytes, records: str, stop: threading.Event) -> bytes:
-        for attempt in range(self.retries + 1):
-            if attempt and stop.wait(min(self.backoff * 2 ** (attempt - 1), _LONGEST_WAIT)):
-                break
-            try:
-                status, content = self._post(payload)
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if status == http.client.OK:
-                return content
-            problem = f"status {status}: {content[:200].decode(errors='replace')}"
-            if status != http.client.TOO_MANY_REQUESTS and status < http.client.INTERNAL_SERVER_ERROR:
-                raise ConfigError(f"{self._named()} refused to score {records} ({problem}); check url, api and model")
-        raise ConfigError(
-            f"no scores for {records}: {self._named()} failed {attempt + 1} times, the last time with {problem}; "
-            "is it running? See url, read_timeout and retries"
-        )
-
-    def _post(self, payload: bytes) -> tuple[int, bytes]:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.connect_timeout)
-        headers = {"Content-Type": "application/json"}
-        if self.api_key_env:
-            headers["Authorization"] = f"Bearer {self._key(self.api_key_env)}"
-        try:
-            connection.connect()
-            connection.sock.settimeout(self.read_timeout)
-            connection.request("POST", parts.path.rstrip("/") + _APIS[self.api].path, payload, headers)
-            answer = connection.getresponse()
-            content = answer.read(_LONGEST_ANSWER + 1)
-            if len(content) > _LONGEST_ANSWER:
-                raise ConfigError(
-                    f"{self._named()} answered with more than {_LONGEST_ANSWER >> 20} MiB; lower batch_size, or serve the model as a "
-                    "reward model: it may be sending its hidden states"
-                )
-            if answer.length:  # read with a limit does not mind that the rest is missing
-                raise http.client.IncompleteRead(content, answer.length)
-            return answer.status, content
-        finally:
-            connection.close()
-
-    def _key(self, name: str) -> str:
-        key = os.environ.get(name, "").strip()  # a secret that was read from a file ends in a newline
-        if not key:
-            raise ConfigError(f"server.api_key_env: expected the environment variable {name} to hold a key, but it is not set")
-        if not (key.isascii() and key.isprintable()):  # http.client would print it
-            raise ConfigError(f"server.api_key_env: expected printable ASCII in the environment variable {name}, found other characters")
-        return key
-
-    def _named(self) -> str:
+    def named(self) -> str:
+        """The server and its endpoint."""
         return f"the server {self.url} ({self.api})"

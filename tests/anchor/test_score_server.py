@@ -169,7 +169,7 @@ def test_a_server_that_hangs_up_twice(serve):
 
 def test_a_server_that_fails_for_good(serve):
     server = serve(lambda body: (500, b"out of memory"))
-    with pytest.raises(ConfigError, match=r"no scores for data.jsonl:0 and 22 more: .* failed 4 times, .* status 500: out of memory"):
+    with pytest.raises(ConfigError, match=r"could not score data.jsonl:0 and 22 more: .* failed 4 times, .* status 500: out of memory"):
         ask(server)
     assert len(server.requests) == 4
 
@@ -201,7 +201,9 @@ def test_a_dead_server():
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         server = ScoreServer(f"http://127.0.0.1:{taken.getsockname()[1]}", **FAST)
-        with pytest.raises(ConfigError, match=r"no scores for data.jsonl:0: .* failed 4 times, the last time with ConnectionRefusedError"):
+        with pytest.raises(
+            ConfigError, match=r"could not score data.jsonl:0: .* failed 4 times, the last time with ConnectionRefusedError"
+        ):
             server.scores(["text"], WHERE[:1], "m")
 
 

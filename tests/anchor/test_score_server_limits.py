@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from aapa_lightning.anchor import server as module
+from aapa_lightning import remote as module
 from aapa_lightning.anchor.server import ScoreServer
 from aapa_lightning.errors import ConfigError, DataError
 
