@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from aapa_lightning.errors import ConfigError
 
@@ -30,10 +32,74 @@ def parameter_groups(units: list[FSDPModule]) -> list[Any]:
     return list({id(group): group for group in groups}.values())
 
 
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """A model's layers: the list that holds most of its weights. Empty for a model without a list.
+
+    The experts and heads of a layer are lists too, but lie inside of this one.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda entry: sum(p.numel() for p in entry.parameters()), default=[]))
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None = None) -> None:
+    """Shard a model over the ranks of a mesh: a unit for every layer, and one for all else.
+
+    Gradients are averaged in float32, over the ranks of the mesh. Ranks must hold equal weights; of weights on the meta device they hold
+    none afterwards, see ``aapa_lightning.materialize``.
+
+    Args:
+        model: any Hugging Face model, adapters included.
+        mesh: of one dimension.
+        param_dtype: dtype in which weights are gathered and forwards compute; the shards, gradients and optimiser state keep their own.
+            None for that of the weights.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for block in decoder_blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
 def reshard(model: nn.Module) -> None:
     """Drop gathered parameters: the next forward gathers what the shards hold by then."""
     for unit in shard_units(model):
         unit.reshard()
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """A state dictionary whose sharded tensors are gathered when they are looked at: by all ranks, in the same order."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._state[name].detach()
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def gather_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """A sharded model's whole state dictionary, on the CPU of rank 0; other ranks get an empty one. All ranks call it together.
+
+    Tensors are gathered one at a time, and tied ones once. None for a model that is not sharded, whose own will do.
+    """
+    state = model.state_dict(keep_vars=True)  # tied ones are one object then
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return None
+    whole, first = WholeTensors(state), torch.distributed.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    kept: dict[int, Tensor] = {}
+    for name, value in state.items():
+        if id(value) not in kept:
+            gathered = whole[name]
+            kept[id(value)] = gathered.cpu() if first else gathered[:0]
+        if first:
+            found[name] = kept[id(value)]
+    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.sharding import decoder_blocks
 
 
 def perturbed_parameters(model: nn.Module, start_layer: int) -> list[nn.Parameter]:
@@ -41,9 +42,7 @@ def perturbed_parameters(model: nn.Module, start_layer: int) -> list[nn.Paramete
 
 
 def _blocks(decoder: nn.Module, start_layer: int) -> list[nn.Module]:
-    # The list that holds most of the weights: experts and heads of a block are lists too, but lie inside of this one.
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    blocks = list(max(lists, key=lambda entry: sum(p.numel() for p in entry.parameters()), default=[]))
+    blocks = decoder_blocks(decoder)
     if not 0 < start_layer < len(blocks):
         raise ConfigError(
             f"weight stress: expected start_layer from 0 to {max(len(blocks) - 1, 0)}, found {start_layer}; "

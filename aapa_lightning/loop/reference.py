@@ -7,6 +7,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.reduce import masked_sum
+from aapa_lightning.sharding import WholeTensors, gathered_parameters
 from aapa_lightning.types import Demonstration
 
 #: Responses of which a cache is being made that are held in memory at once; those of like length share a forward.
@@ -67,7 +69,7 @@ class ReferenceCache:
 
     def __init__(self, folder: str | Path, model: nn.Module, precision: str = "") -> None:
         self.folder = Path(folder)
-        self.fingerprint = hash_tensors(f"reference {precision} {_architecture(model)}", model.state_dict())
+        self.fingerprint = hash_tensors(f"reference {precision} {_architecture(model)}", WholeTensors(model.state_dict()))
         self._sums: dict[bytes, float] = {}
         if (self.folder / "reference.json").exists():
             self._load()
@@ -182,7 +184,8 @@ class ReferencePolicy:
             ConfigError: rows that are new, after the model was dropped.
         """
         if self.cache is not None:
-            self.cache.fill(rows, self._compute, **share)
+            with nullcontext() if self.model is None else gathered_parameters(self.model):  # ranks have unequal shares
+                self.cache.fill(rows, self._compute, **share)
             self.model = None
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -93,7 +92,7 @@ class GRPOModule(PolicyModule):
         """Load the policy and, where a KL is asked for, keep a frozen copy of how it starts."""
         super().configure_model()
         if (self.beta or self._options.reward_kl) and not self._reference:
-            self._reference = [copy.deepcopy(self.model).eval().requires_grad_(False)]
+            self._reference = [self.frozen_copy()]
 
     def on_fit_start(self) -> None:
         """Move the reference policy to where the policy is."""

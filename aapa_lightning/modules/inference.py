@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from torch import nn
 
 from aapa_lightning.data.encode import (
     NamedText,
@@ -26,6 +28,7 @@ from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
+from aapa_lightning.modules.parallel import place
 from aapa_lightning.modules.precision import refuse_true_precision
 from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
 from aapa_lightning.reduce import masked_mean
@@ -34,6 +37,7 @@ from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import EngineFactory, RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.engines import EngineName, build_engine
 from aapa_lightning.seeds import derive_seed
+from aapa_lightning.sharding import gathered_parameters, shard_units
 from aapa_lightning.types import Demonstration, Record, Rollouts
 
 if TYPE_CHECKING:
@@ -109,11 +113,21 @@ class InferenceModule(L.LightningModule):
             return
         refuse_true_precision(str(getattr(self._trainer, "precision", "")))
         self.model, self.tokenizer = load_policy(self.policy)
+        place(self, self.model)
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
         self.eos_token_id = end_of_turn_id(self.tokenizer, self.prompt_format, eos_ids)
         self.engine = build_engine(self.engine_choice, self.model, self.tokenizer, eos_ids, self.rollout_rows)
         self._loaded = True
+
+    def frozen_copy(self) -> nn.Module:
+        """The policy as it starts, on the devices as the policy is, without gradients. All ranks call it together."""
+        if shard_units(self.model):  # FSDP refuses to copy what it has sharded
+            model, _ = load_policy(self.policy)
+            place(self, model)
+        else:
+            model = copy.deepcopy(self.model)
+        return model.eval().requires_grad_(False)
 
     def teardown(self, stage: str) -> None:
         """Let the engine free what it holds."""
@@ -191,7 +205,8 @@ class InferenceModule(L.LightningModule):
 
     def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the validation split."""
-        self._evaluate(batch)
+        with gathered_parameters(self.model):  # ranks whose split has run out have nothing to call the model for
+            self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...``."""
@@ -199,7 +214,8 @@ class InferenceModule(L.LightningModule):
 
     def test_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the test split."""
-        self._evaluate(batch)
+        with gathered_parameters(self.model):
+            self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/...``."""
@@ -207,6 +223,10 @@ class InferenceModule(L.LightningModule):
 
     def predict_step(self, batch: EvalStep, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of a response file: every temperature, every sample."""
+        with gathered_parameters(self.model):
+            return self._predicted_rows(batch)
+
+    def _predicted_rows(self, batch: EvalStep) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for temperature in self.predict_temperatures:
             rollouts = self.sample(batch, self.predict_samples, temperature, "predict")

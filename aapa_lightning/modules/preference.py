@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.modules.checkpointing import gather_over_ranks
+from aapa_lightning.modules.parallel import place
 from aapa_lightning.objectives.pairs import per_token
 from aapa_lightning.objectives.preference import PREFERENCES
 from aapa_lightning.objectives.sft import sft_loss
@@ -153,7 +153,7 @@ class PreferenceModule(PolicyModule):
             return
         # loaded before this fit, the policy may hold a checkpoint's weights by now
         spec = self.reference or (None if fresh else self.policy)
-        model: nn.Module = copy.deepcopy(self.model) if spec is None else self._other_policy(spec)
+        model = self.frozen_copy() if spec is None else self._other_policy(spec)
         precision = str(getattr(self._trainer, "precision", ""))
         cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, precision)
         self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)
@@ -169,6 +169,7 @@ class PreferenceModule(PolicyModule):
                 f"reference {spec.model}: expected the tokens of the policy's tokenizer under the same ids, found {wrong!r} as "
                 f"{theirs.get(wrong)}; use a reference of the same family, or name the tokenizer that it shares as reference.tokenizer"
             )
+        place(self, model)
         return model
 
     def _responses(self, records: Records) -> Iterator[Demonstration]:

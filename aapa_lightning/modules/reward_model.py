@@ -23,11 +23,13 @@ from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.ranking import OVERLONG, PairEncoder, RankingPair, pair_scores
 from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.metrics.discrimination import CalibrationError
+from aapa_lightning.modules.parallel import place
 from aapa_lightning.modules.precision import refuse_true_precision
 from aapa_lightning.modules.windowed import Records, WindowedModule
 from aapa_lightning.objectives.ranking import RANKINGS, ranking_loss
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.reduce import StepCounts
+from aapa_lightning.sharding import gathered_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,6 +153,7 @@ class RewardModelModule(WindowedModule):
                 f"max_tokens: expected at most the {positions} positions of the model, found {self._settings['max_tokens']}; lower it, and "
                 "max_response_tokens with it"
             )
+        place(self, self.model)
         self.pairs = PairEncoder(self.tokenizer, **self._settings)
         self.model.train()
         self._loaded = True
@@ -238,9 +241,10 @@ class RewardModelModule(WindowedModule):
     def _evaluate(self, step: EvalStep, loader: int) -> None:
         while len(self._figures) <= loader:
             self._figures.append((MeanMetric().to(self.device), CalibrationError(bins=20, equal_prior=False).to(self.device)))
-        if not step.records:  # this rank has run out
-            return
-        chosen, rejected = self._scores([self.pairs.encode(record) for record in step.records])
+        with gathered_parameters(self.model):
+            if not step.records:  # this rank has run out
+                return
+            chosen, rejected = self._scores([self.pairs.encode(record) for record in step.records])
         margin = chosen - rejected
         accuracy, calibration = self._figures[loader]
         accuracy.update(0.5 + 0.5 * margin.sign())

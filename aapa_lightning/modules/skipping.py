@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from aapa_lightning.loop.shards import local, sum_over_shards
 from aapa_lightning.types import SumOverRanks
 
 
@@ -46,8 +48,11 @@ class SkipCounter:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Global 2-norm of the gradients, float32 scalar; 0 without any."""
-    norms = [p.grad.detach().float().norm() for p in parameters if p.grad is not None]
+    """Global 2-norm of the gradients, over all shards where they are sharded, float32 scalar; 0 without any."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = [local(grad).float().norm() for grad in grads]
+    if any(isinstance(grad, DTensor) for grad in grads):
+        return torch.tensor(sum_over_shards(grads, [norm.square()[None] for norm in norms])[0], device=norms[0].device).sqrt()
     return torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
 
 

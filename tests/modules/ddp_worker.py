@@ -20,6 +20,8 @@ from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.errors import AapaError
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.runs import MetricsCSV
+from aapa_lightning.sharding import WholeTensors
+from aapa_lightning.strategies import FSDP2Strategy  # noqa: F401 - registers itself
 
 
 class KillAt(L.Callback):
@@ -68,7 +70,11 @@ def run(job: dict, rank: int, world_size: int) -> None:
             "default_root_dir": str(folder),
         }
     trainer = kit.make_trainer(
-        callbacks=callbacks, devices=world_size, strategy="ddp" if world_size > 1 else "auto", use_distributed_sampler=False, **options
+        callbacks=callbacks,
+        devices=world_size,
+        strategy=job.get("strategy", "ddp" if world_size > 1 else "auto"),
+        use_distributed_sampler=False,
+        **options,
     )
     module = kit.make_module(job["module"], PolicySpec(job["policy"]), **job.get("options", {}))
     val = kit.make_records(3) if job.get("val") else None
@@ -80,7 +86,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
     else:
         result = {
             "weights": kit.weights(module),
-            "optimizer": trainer.strategy.optimizer_state(trainer.optimizers[0])["state"],
+            "optimizer": {i: dict(WholeTensors(state)) for i, state in trainer.optimizers[0].state_dict()["state"].items()},
             "seen": module.rewards.rewards[0].seen if module.rewards else [],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "norms": [row for _, row in rows.rows if "train/grad_norm/sft" in row],

@@ -26,6 +26,7 @@ from aapa_lightning.modules.uniapl import UniAPLModule
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rollout.base import SamplingParams
+from aapa_lightning.sharding import WholeTensors
 from aapa_lightning.types import Record
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -174,7 +175,7 @@ def fit(module, trainer: L.Trainer, data=None, *, demonstrations=None, val=None,
 
 def weights(module) -> dict[str, torch.Tensor]:
     """A copy of the policy's weights."""
-    return {name: value.detach().clone() for name, value in module.model.state_dict().items()}
+    return {name: value.clone() for name, value in WholeTensors(module.model.state_dict()).items()}
 
 
 def separable(count=8):
