@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -83,6 +83,11 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
             yield model
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has compiled the model or a wrapper of it."""
+    return any(getattr(part, "_orig_mod", getattr(part, "_compiled_call_impl", None)) is not None for part in _wrappers(model))
+
+
 def streaming_backend(model: nn.Module, backend: str | None) -> str | None:
     """``chunked`` or ``liger`` where a model's log-probs come from its head, None where they come from its logits.
 
@@ -98,12 +103,12 @@ def streaming_backend(model: nn.Module, backend: str | None) -> str | None:
     size = vocabulary(inner)
     if name == "auto" and size < LARGE_VOCABULARY:
         return None
-    listed = getattr(_text_config(inner), "vocab_size", size)
+    listed = getattr(text_config(inner), "vocab_size", size)
     # A model that cuts entries off its head's output would do so after the log-probs, too late.
     problem = None if size == listed else f"its head has {size} entries, its config says {listed}"
     if not size:
         problem = "it shows no LM head (get_output_embeddings) or no vocabulary size"
-    if any(getattr(part, "_orig_mod", getattr(part, "_compiled_call_impl", None)) is not None for part in _wrappers(model)):
+    if compiled(model):
         problem = "torch.compile has compiled it with its head"
     if problem:
         refuse(inner, problem)
@@ -114,11 +119,12 @@ def streaming_backend(model: nn.Module, backend: str | None) -> str | None:
 def vocabulary(inner: Any) -> int:
     """Entries of a model's head; 0 when it has no head, or does not tell."""
     head = getattr(inner, "get_output_embeddings", lambda: None)()
-    size = getattr(head, "out_features", None) or getattr(_text_config(inner), "vocab_size", None)
+    size = getattr(head, "out_features", None) or getattr(text_config(inner), "vocab_size", None)
     return size if isinstance(head, nn.Module) and isinstance(size, int) else 0
 
 
-def _text_config(inner: Any) -> Any:
+def text_config(inner: Any) -> Any:
+    """The config of a model's language part, or None."""
     config: Any = getattr(inner, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -133,6 +139,19 @@ def refuse(inner: nn.Module, reason: str) -> None:
     _SEEN[inner] = reason
     name = type(inner).__name__
     warnings.warn(f"log-probs of {name} are computed from full logits, which need more memory: {reason}", stacklevel=2)
+
+
+@contextmanager
+def head_answers(head: Any, answer: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+    """For a while, a head's forward is ``answer(forward, hidden)``; the hooks around it stay."""
+    own, original = head.__dict__.get("forward"), head.forward
+    head.forward = lambda hidden: answer(original, hidden)
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 @dataclass(slots=True)
@@ -167,18 +186,11 @@ class HeadScorer:
         self.cap = found if isinstance(found, Cap) else Cap()
         self._rows = self.wanted.reshape(-1).nonzero().squeeze(1)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Let the head answer calls with scores ``[N, K, C]``, inside the hooks of FSDP2, DDP and precision plugins."""
         head: Any = self.inner.get_output_embeddings()
-        own, original = head.__dict__.get("forward"), head.forward
-        head.forward = lambda hidden: self._answer(head, original, own is not None, hidden)
-        try:
-            yield
-        finally:
-            del head.forward
-            if own is not None:
-                head.forward = own
+        hooked = "forward" in head.__dict__
+        return head_answers(head, lambda original, hidden: self._answer(head, original, hooked, hidden))
 
     def _answer(self, head: Any, original: Any, hooked: bool, hidden: Tensor) -> Tensor:
         plain = not hooked and type(head).forward is nn.Linear.forward
@@ -268,7 +280,7 @@ class HeadScorer:
             return f"its output is {list(output.shape)}, expected {expected}"
         if self.inner in _SEEN:
             return self.cap
-        found = observed_cap(output[0, 0, width:].detach(), getattr(_text_config(self.inner), "final_logit_softcapping", None))
+        found = observed_cap(output[0, 0, width:].detach(), getattr(text_config(self.inner), "final_logit_softcapping", None))
         return found or "it changes its head's output in an unknown way"
 
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aapa_lightning.lm_head import HeadScorer, causal_model, seen, set_logprob_backend, streaming_backend
+from aapa_lightning.packing import pack, padded_inputs, set_packing
 from aapa_lightning.token_logprobs import token_logprobs
 
-__all__ = ["response_logprobs", "sequence_logprobs", "set_logprob_backend", "token_logprobs"]
-
-
-def _last_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    options: dict[str, Any] = {}
-    # Models without absolute or rotary positions (ALiBi, state space) have no such argument.
-    if "position_ids" in inspect.signature(causal_model(model).forward).parameters:
-        options["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    logits: Tensor = model(
-        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, logits_to_keep=keep, **options
-    ).logits
-    return logits
+__all__ = ["response_logprobs", "sequence_logprobs", "set_logprob_backend", "set_packing", "token_logprobs"]
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -42,29 +31,49 @@ def _score_last(
     attention_mask: Tensor,
     wanted: Tensor,
     temperature: float,
-    entropy: bool,
-    entropy_grad: bool,
     backend: str | None,
+    **options: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and entropies ``[N, K]`` of the last K tokens of each row, of those in ``wanted``; others have any finite value."""
-    keep = wanted.shape[1] + 1
-    ids = input_ids[:, input_ids.shape[1] - wanted.shape[1] :]
-    options: dict[str, Any] = {"entropy": entropy, "entropy_grad": entropy_grad}
+    packed = pack(model, input_ids, attention_mask, wanted)
+    if packed is None:
+        keep = wanted.shape[1] + 1
+        ids = input_ids[:, input_ids.shape[1] - wanted.shape[1] :]
+        inputs = padded_inputs(model, input_ids, attention_mask, keep)
+        streamed = _streamed(model, inputs, ids, wanted, temperature, backend, options)
+        return streamed or token_logprobs(model(**inputs).logits[:, -keep:-1], ids, temperature, **options)
+    found = _streamed(model, packed.inputs, packed.ids, packed.wanted, temperature, backend, options)
+    if found is None:
+        logprobs, entropies = token_logprobs(packed.logits(model), packed.pick(packed.ids), temperature, **options)
+    else:
+        logprobs, entropies = packed.pick(found[0]), None if found[1] is None else packed.pick(found[1])
+    return packed.spread(logprobs), None if entropies is None else packed.spread(entropies)
+
+
+def _streamed(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    ids: Tensor,
+    wanted: Tensor,
+    temperature: float,
+    backend: str | None,
+    options: dict[str, bool],
+) -> tuple[Tensor, Tensor | None] | None:
+    """Log-probs and entropies ``[N, K]`` from the model's head, or None where they have to come from its logits."""
     chosen = streaming_backend(model, backend)
-    before = _rng_state(input_ids.device) if chosen and not seen(model) else None
+    before = _rng_state(ids.device) if chosen and not seen(model) else None
     while chosen:
-        scorer = HeadScorer(causal_model(model), chosen, ids, wanted, temperature, **options)
+        scorer = HeadScorer(causal_model(model), chosen, ids, wanted, temperature, options["entropy"], options["entropy_grad"])
         with scorer.in_place():
-            output = _last_logits(model, input_ids, attention_mask, keep)
+            output = model(**inputs).logits
         scores = scorer.read(output)
         if scores is not None:
-            entropies = scores[..., 1] if entropy else None
-            return scores[..., 0], entropies if entropies is None or entropy_grad else entropies.detach()
+            entropies = scores[..., 1] if options["entropy"] else None
+            return scores[..., 0], entropies if entropies is None or options["entropy_grad"] else entropies.detach()
         # The first call to a model has shown what it does to its logits: run once more, with the same dropout.
-        _restore_rng_state(before, input_ids.device)
+        _restore_rng_state(before, ids.device)
         chosen = None if scorer.problem else chosen
-    logits = _last_logits(model, input_ids, attention_mask, keep)
-    return token_logprobs(logits[:, -keep:-1], ids, temperature, **options)
+    return None
 
 
 def response_logprobs(
@@ -104,7 +113,9 @@ def response_logprobs(
     """
     input_ids = torch.cat((prompt_ids, response_ids), dim=1)
     attention_mask = torch.cat((prompt_mask, response_mask), dim=1)
-    logprobs, entropies = _score_last(model, input_ids, attention_mask, response_mask.bool(), temperature, entropy, entropy_grad, backend)
+    logprobs, entropies = _score_last(
+        model, input_ids, attention_mask, response_mask.bool(), temperature, backend, entropy=entropy, entropy_grad=entropy_grad
+    )
     off = ~response_mask
     return logprobs.masked_fill(off, 0.0), None if entropies is None else entropies.masked_fill(off, 0.0)
 
@@ -134,5 +145,6 @@ def sequence_logprobs(
     columns = wanted.any(0).nonzero()
     # At least one column stays, so that a batch without tokens still has a graph.
     count = width - int(columns[0]) if len(columns) else 1
-    logprobs, _ = _score_last(model, input_ids, attention_mask, wanted[:, width - count :], 1.0, False, False, backend)
+    last = wanted[:, width - count :]
+    logprobs, _ = _score_last(model, input_ids, attention_mask, last, 1.0, backend, entropy=False, entropy_grad=False)
     return nn.functional.pad(logprobs, (width - count, 0)).masked_fill(~wanted, 0.0)

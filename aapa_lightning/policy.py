@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
 from aapa_lightning.adapter_weights import adapter_base, merge_folder
 from aapa_lightning.adapters import LoraSpec, put_adapters
-from aapa_lightning.attention import resolve_attention
+from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.lm_head import check_backend, set_logprob_backend
+from aapa_lightning.packing import check_packing, set_packing
 from aapa_lightning.quantization import quantization_arguments
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class PolicySpec:
         tokenizer: folder or name; None uses ``model``.
         revision: Hub revision of model and tokenizer.
         dtype: dtype of the master weights; float32 unless you know why not (updates at small learning rates round away in bfloat16).
-        attn_implementation: ``auto`` picks flash-attention 2 when it is installed, the GPU is capable and the dtype is 16-bit,
-            else SDPA; any name that transformers knows is passed on.
+        attn_implementation: ``auto`` picks flash attention 4, 3 or 2 where it is installed, the GPU and the model allow it and the forward
+            pass is 16-bit, else SDPA, or eager attention for models without it; any name that transformers knows is passed on.
         trust_remote_code: run Python code that comes with the model. Off unless you ask.
         activation_checkpointing: recompute activations in the backward pass to save memory.
         disable_dropout: set every dropout to 0, so that old and new log-probs come from the same function.
@@ -53,6 +54,7 @@ class PolicySpec:
     disable_dropout: bool = True
     seed: int = 0
     logprob_backend: str = "auto"
+    packing: bool | Literal["auto"] = "auto"
     lora: LoraSpec | None = None
     quantization: str = "none"
 
@@ -93,8 +95,12 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer as ``spec`` says.
+
+    Args:
+        spec: what to load.
+        precision: the trainer's; mixed ones let flash attention serve float32 weights.
 
     Raises:
         ConfigError: nothing to load, nothing there, a vocabulary that does not hold the tokenizer's tokens, or options that contradict
@@ -102,10 +108,11 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         MissingDependencyError: what adapters, quantised weights or flash-attention need is not installed.
     """
     check_backend(spec.logprob_backend)
+    check_packing(spec.packing)
     _check_adapters(spec)
     tokenizer = load_tokenizer(spec)
     dtype = parse_dtype(spec.dtype)
-    attention = resolve_attention(spec.attn_implementation, dtype)
+    attention = resolve_attention(spec.attn_implementation, dtype, precision)
     model = _from_config(spec, tokenizer, dtype, attention) if spec.model is None else _from_folder(spec.model, spec, dtype, attention)
     vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > vocabulary:
@@ -119,7 +126,10 @@ def load_policy(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         disable_dropout(model)
     if spec.activation_checkpointing:  # after the adapters: peft makes the embeddings' output require a gradient, for the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.attn_implementation == "auto":
+        use_flash_attention(model, compute_dtype(dtype, precision))
     set_logprob_backend(model, spec.logprob_backend)
+    set_packing(model, spec.packing)
     return model, tokenizer
 
 
@@ -135,7 +145,7 @@ def _check_adapters(spec: PolicySpec) -> None:
         )
 
 
-def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not spec.config or "model_type" not in spec.config:
@@ -158,7 +168,7 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: to
         raise ConfigError(f"policy.config: cannot build a causal LM: {in_one_line(error)}") from error
 
 
-def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     below = adapter_base(source, spec.revision)

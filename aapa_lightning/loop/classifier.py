@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from aapa_lightning.attention import resolve_attention
+from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_classifier(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load ``AutoModelForSequenceClassification`` with one output, and its tokenizer.
 
     The head of a folder that has one is kept; else it is drawn from ``spec.seed``. Padding is the tokenizer's, or else its EOS.
 
     Args:
         spec: any causal LM or encoder, or a classifier with one output; without ``model`` one from scratch.
+        precision: the trainer's; mixed ones let flash attention serve float32 weights.
 
     Raises:
         ConfigError: nothing to load, no such classifier, several outputs, body weights missing, or a vocabulary that lacks tokens.
@@ -39,6 +40,8 @@ def load_classifier(spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokeni
     model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # a classifier finds its last token by this id
     if spec.disable_dropout:
         disable_dropout(model)
+    if spec.attn_implementation == "auto":
+        use_flash_attention(model, compute_dtype(parse_dtype(spec.dtype), precision))
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
