@@ -30,7 +30,7 @@ class Encoding:
         likelihood: also pool how likely each token is under the encoder, two columns: its log-prob, and that plus the entropy of what could
             have stood there (nats). For causal language models: what the policy finds odd about its own text is a strong sign.
         dtype: precision of the encoder.
-        batch_tokens: tokens of a forward pass, padding included.
+        batch_tokens: most tokens of a forward pass, padding included; on a CPU no more than 1,024.
         system_prompt: system turn put before the prompt, for encoders with a chat template.
         chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``.
     """
@@ -47,11 +47,19 @@ class Encoding:
 
 @dataclass(slots=True)
 class ContextRow:
-    """One response in its context: token ids, token types (1 for the second text of a pair), and sentence numbers (-1 outside)."""
+    """One response in its context.
+
+    Args:
+        ids: token ids.
+        types: token types, 1 for the second text of a pair.
+        sentences: sentence of each token, -1 outside the response.
+        head: tokens before the response.
+    """
 
     ids: list[int]
     types: list[int]
     sentences: list[int]
+    head: int
 
 
 class ContextTokenizer:
@@ -111,6 +119,7 @@ class ContextTokenizer:
             ids=[*head, *response.ids[:kept], *self._after],
             types=[0] * len(head) + [int(self.encoding.prompt)] * (kept + len(tail)),
             sentences=[-1] * len(head) + sentences + tail,
+            head=len(head),
         )
 
     def _specials(self, *, pair: bool) -> tuple[list[int], list[int], list[int]]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from aapa_kernels import sentence_pool
-from aapa_lightning.anchor.context import ContextRow, ContextTokenizer, Encoding, Prompt
+from aapa_lightning.anchor.context import ContextTokenizer, Encoding, Prompt
+from aapa_lightning.anchor.forward import RowEncoder
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.logprobs import token_logprobs
-from aapa_lightning.types import pad_right
+from aapa_lightning.onednn import use_onednn
 
 
 @dataclass(slots=True)
@@ -87,6 +87,8 @@ class FrozenEncoder:
         positions = getattr(text_config, "max_position_embeddings", None) or encoding.max_length
         max_length = min(encoding.max_length, positions, self.tokenizer.model_max_length)
         self.context = ContextTokenizer(self.tokenizer, encoding, causal=causal, max_length=max_length)
+        self._forward = RowEncoder(self.model, encoding, self.tokenizer.pad_token_id or 0, causal=causal)
+        use_onednn(self.model)
 
     def fingerprint(self) -> str:
         """Hex digest of architecture, weights (as stored) and vocabulary."""
@@ -120,7 +122,7 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def batches(self, prompts: Sequence[Prompt], responses: Sequence[str], char_spans: Sequence[Sequence[Span]]) -> Iterator[HiddenBatch]:
-        """Encode responses of similar length together; those of which the encoder sees nothing are left out.
+        """Encode responses of similar length together, a prompt that many share once; those of which the encoder sees nothing are left out.
 
         Args:
             prompts: as for a call.
@@ -130,44 +132,22 @@ class FrozenEncoder:
         rows = self.context(prompts, responses, char_spans)
         first = [0, *itertools.accumulate(len(spans) for spans in char_spans)]
         seen = [i for i, row in enumerate(rows) if any(s >= 0 for s in row.sentences)]
-        for chosen in _batches(seen, [len(row.ids) for row in rows], self.encoding.batch_tokens):
-            batch = [rows[i] for i in chosen]
-            width = max(len(row.ids) for row in batch)
-            spans = [_token_spans(rows[i].sentences, b * width, range(first[i], first[i + 1])) for b, i in enumerate(chosen)]
-            numbers = [range(first[i], first[i + 1]) for i in chosen]
-            device = self.model.device
+        device = self.model.device
+        for encoded in self._forward(rows, seen):
+            width = encoded.hidden.shape[1]
+            numbers = [range(first[i], first[i + 1]) for i in encoded.rows]
+            spans = [
+                _token_spans(rows[i].sentences[skipped:], b * width, numbers[b])
+                for b, (i, skipped) in enumerate(zip(encoded.rows, encoded.skipped, strict=True))
+            ]
             starts, lengths = torch.tensor([pair for row in spans for pair in row], device=device).unbind(1)
             yield HiddenBatch(
-                self._hidden(batch),
+                encoded.hidden,
                 starts.contiguous(),
                 lengths.contiguous(),
                 torch.tensor([0, *itertools.accumulate(map(len, numbers))], device=device),
                 torch.tensor([s for row in numbers for s in row], device=device),
             )
-
-    def _hidden(self, batch: list[ContextRow]) -> Tensor:
-        device = self.model.device
-        inputs = {
-            "input_ids": pad_right([row.ids for row in batch], self.tokenizer.pad_token_id or 0).to(device),
-            "attention_mask": pad_right([[1] * len(row.ids) for row in batch], 0).to(device),
-        }
-        if getattr(self.model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = pad_right([row.types for row in batch], 0).to(device)
-        cache = {"use_cache": False} if self.context.causal else {}
-        if self.encoding.layers == (-1,) and not self.encoding.likelihood:
-            return self.model(**inputs, **cache).last_hidden_state
-        outputs = self.model(**inputs, **cache, output_hidden_states=True)
-        parts = [outputs.hidden_states[layer] for layer in self.encoding.layers]
-        if self.encoding.likelihood:
-            parts = [part.float() for part in parts] + [_likelihood(outputs.logits, inputs["input_ids"])]
-        return torch.cat(parts, -1)
-
-
-def _likelihood(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-prob of each token, and that plus the entropy, float32 ``[B, L, 2]``; 0 for the first, which nothing predicts."""
-    logprobs, entropy = token_logprobs(logits[:, :-1], ids[:, 1:], entropy=True)
-    columns = torch.stack([logprobs, logprobs + (0.0 if entropy is None else entropy)], -1)
-    return torch.nn.functional.pad(columns, (0, 0, 1, 0))
 
 
 def _token_spans(sentences: Sequence[int], base: int, numbers: range) -> list[tuple[int, int]]:
@@ -179,18 +159,6 @@ def _token_spans(sentences: Sequence[int], base: int, numbers: range) -> list[tu
         spans.append((position, counts[number]))
         position += counts[number]
     return spans
-
-
-def _batches(chosen: list[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Rows of similar length together; at least one row a batch."""
-    batch: list[int] = []
-    for i in sorted(chosen, key=lambda i: lengths[i]):
-        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[Any, Any]:
