@@ -29,7 +29,7 @@ from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.modules.parallel import place
-from aapa_lightning.modules.precision import refuse_true_precision
+from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
 from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
@@ -111,8 +111,8 @@ class InferenceModule(L.LightningModule):
         """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
         if self._loaded:
             return
-        refuse_true_precision(str(getattr(self._trainer, "precision", "")))
-        self.model, self.tokenizer = load_policy(self.policy)
+        refuse_true_precision(trainer_precision(self))
+        self.model, self.tokenizer = load_policy(self.policy, trainer_precision(self))
         place(self, self.model)
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
@@ -123,7 +123,7 @@ class InferenceModule(L.LightningModule):
     def frozen_copy(self) -> nn.Module:
         """The policy as it starts, on the devices as the policy is, without gradients. All ranks call it together."""
         if shard_units(self.model):  # FSDP refuses to copy what it has sharded
-            model, _ = load_policy(self.policy)
+            model, _ = load_policy(self.policy, trainer_precision(self))
             place(self, model)
         else:
             model = copy.deepcopy(self.model)

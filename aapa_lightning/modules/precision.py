@@ -1,8 +1,15 @@
-"""Precisions that a module in training refuses."""
+"""The trainer's precision, and those that a module in training refuses."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from aapa_lightning.errors import ConfigError
+
+
+def trainer_precision(module: Any) -> str:
+    """The precision of a module's trainer, such as ``bf16-mixed``; empty without a trainer."""
+    return str(getattr(module._trainer, "precision", ""))
 
 
 def refuse_true_precision(precision: str) -> None:

@@ -31,6 +31,7 @@ from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.modules.checkpointing import gather_over_ranks
 from aapa_lightning.modules.parallel import place
+from aapa_lightning.modules.precision import trainer_precision
 from aapa_lightning.objectives.pairs import per_token
 from aapa_lightning.objectives.preference import PREFERENCES
 from aapa_lightning.objectives.sft import sft_loss
@@ -154,13 +155,12 @@ class PreferenceModule(PolicyModule):
         # loaded before this fit, the policy may hold a checkpoint's weights by now
         spec = self.reference or (None if fresh else self.policy)
         model = self.frozen_copy() if spec is None else self._other_policy(spec)
-        precision = str(getattr(self._trainer, "precision", ""))
-        cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, precision)
+        cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, trainer_precision(self))
         self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)
 
     def _other_policy(self, spec: PolicySpec) -> nn.Module:
         try:
-            model, tokenizer = load_policy(spec)
+            model, tokenizer = load_policy(spec, trainer_precision(self))
         except ConfigError as error:
             raise ConfigError(f"reference: {error}") from error
         theirs = tokenizer.get_vocab()

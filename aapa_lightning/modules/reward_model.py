@@ -24,12 +24,12 @@ from aapa_lightning.loop.ranking import OVERLONG, PairEncoder, RankingPair, pair
 from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.metrics.discrimination import CalibrationError
 from aapa_lightning.modules.parallel import place
-from aapa_lightning.modules.precision import refuse_true_precision
+from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
 from aapa_lightning.modules.windowed import Records, WindowedModule
 from aapa_lightning.objectives.ranking import RANKINGS, ranking_loss
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.reduce import StepCounts
-from aapa_lightning.sharding import gathered_parameters
+from aapa_lightning.sharding import gather_state, gathered_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,8 +145,8 @@ class RewardModelModule(WindowedModule):
         """Load the model, once. Raises ConfigError for one with fewer positions than ``max_tokens``."""
         if self._loaded:
             return
-        refuse_true_precision(str(getattr(self._trainer, "precision", "")))
-        self.model, self.tokenizer = load_classifier(self.base)
+        refuse_true_precision(trainer_precision(self))
+        self.model, self.tokenizer = load_classifier(self.base, trainer_precision(self))
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and self._settings["max_tokens"] > positions:
             raise ConfigError(
@@ -278,9 +278,10 @@ class RewardModelModule(WindowedModule):
     # Export --------------------------------------------------------------------------------------------------------------------------
 
     def export(self, folder: str | Path) -> None:
-        """Write model, tokenizer and ``discriminator.json``, on rank 0."""
+        """Write model, tokenizer and ``discriminator.json``, on rank 0. All ranks call it together."""
+        state = gather_state(self.model)
         if self.trainer.is_global_zero:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
             trust = self.base.trust_remote_code
             RewardModelDiscriminator(str(folder), **self._settings, trust_remote_code=trust).save(Path(folder))
