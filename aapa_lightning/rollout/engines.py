@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from aapa_lightning.rollout.base import EngineFactory, RolloutEngine
+from aapa_lightning.rollout.continuous_engine import ContinuousEngine
+from aapa_lightning.rollout.decoding import can_decode
+from aapa_lightning.rollout.generate_engine import GenerateEngine
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
 
-EngineName = Literal["auto", "transformers"]
+EngineName = Literal["auto", "transformers", "generate", "static", "continuous", "vllm"]
+
+
+def _auto(model: Any, *args: Any, **kwargs: Any) -> RolloutEngine:
+    # the fastest that was measured; ``benchmarks/rollouts.py`` measures the others beside it
+    return (TransformersEngine if can_decode(model) else GenerateEngine)(model, *args, **kwargs)
+
+
+def _static(*args: Any, **kwargs: Any) -> RolloutEngine:
+    return GenerateEngine(*args, cache="static", **kwargs)
+
+
+def _vllm(*args: Any, max_rows: int | None = None) -> RolloutEngine:
+    from aapa_lightning.rollout.vllm_colocated import VLLMEngine
+
+    return VLLMEngine(*args)
+
+
+#: What each name stands for: from model, tokenizer, EOS ids and ``max_rows`` to an engine.
+ENGINES: dict[EngineName, Callable[..., RolloutEngine]] = {
+    "auto": _auto,
+    "transformers": TransformersEngine,
+    "generate": GenerateEngine,
+    "static": _static,
+    "continuous": ContinuousEngine,
+    "vllm": _vllm,
+}
 
 
 def build_engine(
-    choice: EngineName | EngineFactory, model: Any, tokenizer: Any, eos_ids: Sequence[int], max_rows: int | None
+    choice: EngineName | EngineFactory, model: Any, tokenizer: Any, eos_ids: Sequence[int], max_rows: int | None = None
 ) -> RolloutEngine:
     """The engine that ``choice`` stands for.
 
     Args:
-        choice: a name, or a factory.
+        choice: a name out of ``ENGINES``, or a factory.
         model: the policy.
         tokenizer: its tokenizer.
         eos_ids: every id that ends a response.
@@ -25,4 +54,4 @@ def build_engine(
     """
     if callable(choice):
         return choice(model, tokenizer, eos_ids)
-    return TransformersEngine(model, tokenizer, eos_ids, max_rows=max_rows)
+    return ENGINES[choice](model, tokenizer, eos_ids, max_rows=max_rows)
