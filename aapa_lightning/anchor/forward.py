@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aapa_lightning.anchor.context import ContextRow, Encoding
+from aapa_lightning.anchor.depth import ShallowModel
 from aapa_lightning.anchor.prefix import Prefixes, can_share
 from aapa_lightning.logprobs import token_logprobs
 from aapa_lightning.types import pad_right
@@ -79,6 +80,11 @@ class RowEncoder:
     def _can_share(self) -> bool:
         return can_share(self.model)
 
+    @cached_property
+    def _shallow(self) -> ShallowModel | None:
+        shallow = None if self.encoding.likelihood else ShallowModel(self.model, self.encoding.layers)
+        return shallow if shallow is not None and shallow.works() else None
+
     @property
     def _limit(self) -> int:
         return min(self.encoding.batch_tokens, _CPU_TOKENS) if self.model.device.type == "cpu" else self.encoding.batch_tokens
@@ -116,6 +122,8 @@ class RowEncoder:
         if self.encoding.layers == (-1,) and not self.encoding.likelihood:
             hidden: Tensor = self.model(**inputs).last_hidden_state
             return hidden
+        if self._shallow is not None:
+            return torch.cat(self._shallow(**inputs), -1)
         outputs = self.model(**inputs, output_hidden_states=True)
         parts = [outputs.hidden_states[layer] for layer in self.encoding.layers]
         if self.encoding.likelihood:

@@ -184,3 +184,23 @@ def test_onednn_spares_a_block_that_only_looks_gated():
         expected = block(x)
         use_onednn(block)
         torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bert", "roberta"])
+def test_layers_above_the_pooled_one_do_not_run(family):
+    model, rows = tiny(family, **({"head_dim": 8} if family == "qwen3" else {})), rows_of(HEADS, TAILS)
+    causal = family in ("qwen3", "gpt2")
+    (blocks,) = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 3]
+    ran = []
+    blocks[2].register_forward_hook(lambda *_: ran.append(1))
+    shallow = RowEncoder(model, Encoding(layers=(2, 1, -4)), 0, causal=causal)
+    assert shallow._shallow is not None
+    del ran[:]
+    found = hidden_of(shallow, rows)
+    assert bool(ran) == (causal and shallow._can_share)  # the shared prompts alone are read to the end
+    deep = RowEncoder(model, Encoding(layers=(2, 1, -4)), 0, causal=causal)
+    deep.__dict__["_shallow"] = None
+    for mine, theirs in zip(found, hidden_of(deep, rows), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+    assert RowEncoder(model, Encoding(layers=(1, -1)), 0, causal=causal)._shallow is None
+    assert RowEncoder(tiny("albert"), Encoding(layers=(1,)), 0, causal=False)._shallow is None
