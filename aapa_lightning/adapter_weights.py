@@ -1,9 +1,8 @@
-"""Weights under adapters: the base model's fingerprint, and the folders that merged weights and adapters are written to."""
+"""Adapters and weights together: merged, and the folders that either is written to and read from."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -16,33 +15,6 @@ from torch import Tensor, nn
 
 from aapa_lightning.adapters import base_state, peft_package, wrapped_layers
 from aapa_lightning.errors import ConfigError, in_one_line
-
-#: Settings of a model that do not change what it computes.
-_NOT_DIGESTED = ("_name_or_path", "transformers_version", "use_cache")
-#: Values of each tensor that go into a base model's fingerprint.
-_SAMPLED = 64
-
-
-def architecture(model: nn.Module) -> str:
-    """What beside the weights decides a log-prob, such as the scaling of rotary positions."""
-    config: Any = getattr(model, "config", None)
-    settings = {} if config is None else config.to_dict()
-    return json.dumps({name: value for name, value in settings.items() if name not in _NOT_DIGESTED}, sort_keys=True, default=str)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hex digest of a base model: its configuration and, of every tensor, name, dtype, shape and up to 64 values spread over it.
-
-    Takes a fraction of a second where hashing all weights takes as long as reading them. Training moves nearly every value of the tensors
-    that it moves, so another stage or another seed is told apart; an edit of single values may not be.
-    """
-    digest = hashlib.sha256(architecture(model).encode())
-    for name, value in sorted(base_state(model).items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].cpu().contiguous()
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(sample.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ Needs the package peft, which is imported only where adapters are asked for.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,10 @@ OPTIONS = (
 )
 #: Starts from which the model with fresh adapters computes what the base model does.
 _STARTS = (True, "gaussian")
+#: Settings of a model that do not change what it computes.
+_NOT_DIGESTED = ("_name_or_path", "transformers_version", "use_cache")
+#: Values of each tensor that go into a base model's fingerprint.
+_SAMPLED = 64
 _PREFIX = "base_model.model."
 
 
@@ -92,13 +98,14 @@ def put_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
         seed: of their weights.
 
     Returns:
-        The ``peft.PeftModel`` around it.
+        The ``peft.PeftModel`` around it, with the base model's ``fingerprint`` as its attribute ``aapa_base``.
 
     Raises:
         MissingDependencyError: peft is not installed.
         ConfigError: layers that the model lacks.
     """
     peft = peft_package()
+    base = fingerprint(model)
     arguments: dict[str, Any] = {
         "r": spec.r,
         "lora_alpha": spec.alpha,
@@ -124,6 +131,7 @@ def put_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
     for path, inner in wrapped_layers(adapted).items():
         if inner == "original_module":
             _train_in_float32(adapted.get_base_model().get_submodule(path))
+    adapted.aapa_base = base
     return adapted
 
 
@@ -217,3 +225,25 @@ def adapter_names(model: nn.Module) -> set[str]:
     """Names in ``model.state_dict()`` of what a checkpoint keeps: adapters, and layers trained whole."""
     layers = wrapped_layers(model)
     return {key for key in model.state_dict() if base_name(key, layers) is None}
+
+
+def architecture(model: nn.Module) -> str:
+    """What beside the weights decides a log-prob, such as the scaling of rotary positions."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    return json.dumps({name: value for name, value in settings.items() if name not in _NOT_DIGESTED}, sort_keys=True, default=str)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hex digest of a base model: its configuration and, of every tensor, name, dtype, shape and up to 64 values spread over it.
+
+    Takes a fraction of a second where hashing all weights takes as long as reading them. Training moves nearly every value of the tensors
+    that it moves, so another stage or another seed is told apart; an edit of single values may not be.
+    """
+    digest = hashlib.sha256(architecture(model).encode())
+    for name, value in sorted(base_state(model).items()):
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aapa_lightning.adapter_checkpoints import check_base, check_names, saved_spec
+from aapa_lightning.adapter_weights import adapter_base, merged_model, save_adapter
+from aapa_lightning.adapters import adapter_names, has_adapters
 from aapa_lightning.errors import ConfigError, in_one_line
-from aapa_lightning.policy import PolicySpec, load_tokenizer
+from aapa_lightning.policy import PolicySpec, load_policy, load_tokenizer
+from aapa_lightning.quantization import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,19 +26,24 @@ def policy_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
 
 
-def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | None = None) -> Path:
-    """Write a Hugging Face folder (safetensors, config, tokenizer) from a checkpoint of this library.
+def export_policy(
+    checkpoint: str | Path, out: str | Path, *, tokenizer: str | None = None, base: str | None = None, adapter: bool = False
+) -> Path:
+    """Write a Hugging Face folder (safetensors, config, tokenizer) from a checkpoint of this library, adapters merged.
 
     Args:
         checkpoint: a ``.ckpt`` file; read with ``weights_only=True``.
         out: folder to write.
         tokenizer: where the tokenizer lies now, if it has moved since training.
+        base: where the base model of the adapters lies now, if it has moved.
+        adapter: write the adapters alone.
 
     Returns:
-        ``out``, which ``AutoModelForCausalLM.from_pretrained`` loads.
+        ``out``, which ``AutoModelForCausalLM.from_pretrained`` loads; with ``adapter`` ``PeftModel.from_pretrained`` does.
 
     Raises:
-        ConfigError: the file is missing, not of this library, of a model type that transformers lacks, or its tokenizer is gone.
+        ConfigError: the file is missing, not of this library, of a model type that transformers lacks, or its tokenizer is gone; adapters
+            asked for where there are none, or a base model on which they were not trained.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -44,6 +54,11 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     saved = loaded.get("aapa", {}).get("policy")
     if saved is None:
         raise ConfigError(f"export: {path} holds no policy; expected a checkpoint written by a policy module such as GRPOModule")
+    if "lora" in saved:
+        _export_adapters(loaded, saved, out, PolicySpec(base, tokenizer=tokenizer), adapter)
+        return Path(out)
+    if adapter or base:
+        raise ConfigError(f"export: {path} holds whole weights, no adapters; leave --adapter and --base out")
     settings = dict(saved["config"])
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -63,6 +78,53 @@ def export_policy(checkpoint: str | Path, out: str | Path, *, tokenizer: str | N
     loaded_tokenizer = load_tokenizer(PolicySpec(tokenizer=tokenizer or saved["tokenizer"]))
     save_policy(model, loaded_tokenizer, out)
     return Path(out)
+
+
+def _export_adapters(loaded: Mapping[str, Any], saved: Mapping[str, Any], out: str | Path, moved: PolicySpec, adapter: bool) -> None:
+    trained = saved_spec(saved["lora"])
+    spec = replace(trained, model=moved.model or trained.model, tokenizer=moved.tokenizer or saved["tokenizer"], quantization="none")
+    model, tokenizer = load_policy(spec)
+    if trained.quantization == "none":
+        check_base(saved["lora"], model, repr(spec.model))
+    check_names(loaded["state_dict"], model)
+    model.load_state_dict(policy_state(loaded), strict=False)
+    if adapter:
+        save_adapters(model, tokenizer, out, spec)
+    else:
+        save_policy(merged_model(model), tokenizer, out)
+
+
+def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, spec: PolicySpec) -> None:
+    """Write a policy at the end of its training: a Hugging Face folder, adapters merged.
+
+    Adapters on weights that were quantised in training are merged into the weights as they were before. Where the base model comes
+    quantised as it is, there are none, and the adapters alone are written, with a warning.
+    """
+    if not has_adapters(model):
+        save_policy(model, tokenizer, out)
+    elif not is_quantized(model):
+        save_policy(merged_model(model), tokenizer, out)
+    elif spec.quantization == "none":
+        warnings.warn(f"{out} holds the adapters alone: {spec.model} has no weights to merge them into but quantised ones", stacklevel=2)
+        save_adapters(model, tokenizer, out, spec)
+    else:
+        whole, _ = load_policy(replace(spec, quantization="none", activation_checkpointing=False))
+        state, kept = model.state_dict(), adapter_names(model)
+        whole.load_state_dict({name: state[name] for name in kept}, strict=False)
+        save_policy(merged_model(whole), tokenizer, out)
+
+
+def save_adapters(model: Any, tokenizer: PreTrainedTokenizerBase, out: str | Path, spec: PolicySpec) -> None:
+    """Write a policy's adapters and its tokenizer.
+
+    Raises:
+        ConfigError: no folder holds what they lie on: random weights, or weights with other adapters merged.
+    """
+    if spec.model is None or adapter_base(spec.model, spec.revision) is not None:
+        below = "random weights" if spec.model is None else f"{spec.model} with its own adapters merged"
+        raise ConfigError(f"export: the adapters lie on {below}, which no folder holds; leave --adapter out to write them merged")
+    save_adapter(model, out, spec.model, spec.revision)
+    tokenizer.save_pretrained(out)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``aapa export``: a checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+"""``aapa export``: a checkpoint as a folder that ``AutoModelForCausalLM.from_pretrained`` or, of adapters, peft loads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run folder (its last checkpoint)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--tokenizer", help="where the tokenizer lies now, if it has moved since training")
+    parser.add_argument("--base", help="where the base model of a run with adapters lies now, if it has moved since training")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--merge", action="store_true", help="write a whole model, adapters merged (the default)")
+    kind.add_argument("--adapter", action="store_true", help="write the adapters alone, for peft's PeftModel.from_pretrained")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     given, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} already exists; name a new folder, or remove it")
-    export_policy(given / "checkpoints" / "last.ckpt" if given.is_dir() else given, out, tokenizer=args.tokenizer)
+    checkpoint = given / "checkpoints" / "last.ckpt" if given.is_dir() else given
+    export_policy(checkpoint, out, tokenizer=args.tokenizer, base=args.base, adapter=args.adapter)
     print(f"written to {out}")
     return 0

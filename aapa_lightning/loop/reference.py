@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aapa_lightning.adapters import adapters_off, architecture, base_state, has_adapters
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
 from aapa_lightning.errors import ConfigError
@@ -27,8 +27,6 @@ from aapa_lightning.types import Demonstration
 #: Responses of which a cache is being made that are held in memory at once; those of like length share a forward.
 _CHUNK = 4096
 _KEY_BYTES = 16
-#: Settings of a model that do not change what it computes.
-_NOT_DIGESTED = ("_name_or_path", "transformers_version", "use_cache")
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +44,20 @@ def response_sums(
     return masked_sum(logprobs, mask, dim=-1), mask.sum(-1), (logprobs, mask)
 
 
-def _architecture(model: nn.Module) -> str:
-    """What beside the weights decides a log-prob, such as the scaling of rotary positions."""
-    config: Any = getattr(model, "config", None)
-    settings = {} if config is None else config.to_dict()
-    return json.dumps({name: value for name, value in settings.items() if name not in _NOT_DIGESTED}, sort_keys=True, default=str)
+@contextmanager
+def as_it_started(model: nn.Module) -> Iterator[nn.Module]:
+    """A policy as it was before training, for a forward without gradients: a frozen copy, or the policy itself with its adapters off.
+
+    In evaluation mode; afterwards, also after an exception, everything is as it was.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with adapters_off(model):
+            yield model
+    finally:
+        for module in training:
+            module.training = True
 
 
 class ReferenceCache:
@@ -60,7 +67,7 @@ class ReferenceCache:
 
     Args:
         folder: where; need not exist. All ranks must see it.
-        model: the policy; the fingerprint is of its weights and configuration.
+        model: the policy; the fingerprint is of its weights and configuration, under adapters of those that lie below.
         precision: in which log-probs are computed; part of the fingerprint.
 
     Raises:
@@ -69,7 +76,7 @@ class ReferenceCache:
 
     def __init__(self, folder: str | Path, model: nn.Module, precision: str = "") -> None:
         self.folder = Path(folder)
-        self.fingerprint = hash_tensors(f"reference {precision} {_architecture(model)}", WholeTensors(model.state_dict()))
+        self.fingerprint = hash_tensors(f"reference {precision} {architecture(model)}", WholeTensors(base_state(model)))
         self._sums: dict[bytes, float] = {}
         if (self.folder / "reference.json").exists():
             self._load()
@@ -156,13 +163,13 @@ class ReferencePolicy:
     Not an ``nn.Module``: what holds it neither trains nor saves it.
 
     Args:
-        model: the policy; frozen here.
+        model: the policy, frozen here; or one under adapters, which stays in training and answers with them off.
         pad_token_id: any id.
         cache: where its answers are kept, or None.
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, cache: ReferenceCache | None = None) -> None:
-        self.model: nn.Module | None = model.eval().requires_grad_(False)
+        self.model: nn.Module | None = model if has_adapters(model) else model.eval().requires_grad_(False)
         self.pad_token_id = pad_token_id
         self.cache = cache
         self.device: torch.device | str = "cpu"
@@ -170,7 +177,7 @@ class ReferencePolicy:
     def to(self, device: torch.device | str) -> None:
         """Answer on this device."""
         self.device = device
-        if self.model is not None:
+        if self.model is not None and not has_adapters(self.model):
             self.model.to(device)
 
     def __call__(self, rows: Sequence[Demonstration]) -> Tensor:
@@ -194,7 +201,8 @@ class ReferencePolicy:
             raise ConfigError(
                 "reference_cache: a second fit brought responses that the first had not; build the module anew for other data"
             )
-        return response_sums(self.model, rows, self.pad_token_id, self.device)[0]
+        with as_it_started(self.model) as model:
+            return response_sums(model, rows, self.pad_token_id, self.device)[0]
 
 
 def _key(row: Demonstration) -> bytes:

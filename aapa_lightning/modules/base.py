@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aapa_lightning.adapter_checkpoints import describe_adapters
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.data.encode import NamedText, encode_demonstration, expert_responses, fit_lengths, no_responses
 from aapa_lightning.data.records import require_experts
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.export import save_policy
+from aapa_lightning.export import save_trained
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, collect, no_rescoring
 from aapa_lightning.loop.demonstrations import count_demonstrations, demonstration_logprobs
 from aapa_lightning.loop.experience import Experience
@@ -205,16 +206,17 @@ class PolicyModule(WindowedModule, InferenceModule):
         return {} if self.anchor is None else {"anchor/weight": self.anchor_weight()}
 
     def export(self, out: str | Path) -> None:
-        """Write the policy as a Hugging Face folder, on rank 0."""
+        """Write the policy as a Hugging Face folder, adapters merged, on rank 0."""
         if self.trainer.is_global_zero:
-            save_policy(self.model, self.tokenizer, out)
+            save_trained(self.model, self.tokenizer, out, self.policy)
 
     def describe(self) -> dict[str, Any]:
-        """The policy's configuration and tokenizer."""
+        """The policy's configuration and tokenizer, and what its adapters lie on."""
         generation = getattr(self.model, "generation_config", None)
         policy = {
             "config": self.model.config.to_dict(),
             "generation_config": generation.to_dict() if generation is not None else {},
             "tokenizer": self.tokenizer.name_or_path or self.policy.tokenizer or self.policy.model,
+            **describe_adapters(self.model, self.policy),
         }
         return {"policy": policy}

@@ -15,6 +15,7 @@ from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, no_rescoring
 from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.plan import WindowPlan
+from aapa_lightning.loop.reference import as_it_started
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, policy_inputs, window_logprobs
 from aapa_lightning.modules.base import PolicyModule
@@ -41,7 +42,7 @@ class GRPOModule(PolicyModule):
         ratio_level: ``token``, or ``sequence`` (GSPO; use it with ``aggregation=grpo``).
         scale_advantages: ``group``, ``batch`` or ``none`` (Dr. GRPO).
         reward_aggregation: ``sum_then_normalize``, or ``normalize_then_sum`` (GDPO).
-        beta: weight of the KL loss term; above 0 a frozen copy of the initial policy is kept.
+        beta: weight of the KL loss term; above 0 a frozen copy of the initial policy is kept, under adapters no copy.
         kl_estimator: ``k2`` or ``k3``.
         reward_kl: weight of the k1 KL estimate inside the reward.
         entropy_coef: weight of the entropy bonus.
@@ -89,7 +90,7 @@ class GRPOModule(PolicyModule):
         self._reference: list[torch.nn.Module] = []  # in a list: not a submodule, so neither trained nor saved
 
     def configure_model(self) -> None:
-        """Load the policy and, where a KL is asked for, keep a frozen copy of how it starts."""
+        """Load the policy and, where a KL is asked for, keep a frozen copy of how it starts; under adapters there is no need of one."""
         super().configure_model()
         if (self.beta or self._options.reward_kl) and not self._reference:
             self._reference = [self.frozen_copy()]
@@ -129,8 +130,10 @@ class GRPOModule(PolicyModule):
 
         def score(rollouts: Rollouts) -> tuple[Tensor | None, Tensor | None]:
             old = window_logprobs(self.model, rollouts, plan, self.sampling.temperature) if needs_old else None
-            reference = window_logprobs(self._reference[0], rollouts, plan, self.sampling.temperature) if self._reference else None
-            return old, reference
+            if not self._reference:
+                return old, None
+            with as_it_started(self._reference[0]) as reference:
+                return old, window_logprobs(reference, rollouts, plan, self.sampling.temperature)
 
         return score
 

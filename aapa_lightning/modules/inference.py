@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import nn
 
+from aapa_lightning.adapter_checkpoints import check_adapters, keep_adapters
+from aapa_lightning.adapters import has_adapters
 from aapa_lightning.data.encode import (
     NamedText,
     OverlongError,
@@ -114,6 +116,9 @@ class InferenceModule(L.LightningModule):
         refuse_true_precision(trainer_precision(self))
         self.model, self.tokenizer = load_policy(self.policy, trainer_precision(self))
         place(self, self.model)
+        if self.policy.lora is not None:
+            keep_adapters(self)
+            self.strict_loading = False  # of Lightning, which would miss the base model; ``check_adapters`` misses what is ours
         self.model.train()
         eos_ids = eos_token_ids(self.model, self.tokenizer)
         self.eos_token_id = end_of_turn_id(self.tokenizer, self.prompt_format, eos_ids)
@@ -121,13 +126,24 @@ class InferenceModule(L.LightningModule):
         self._loaded = True
 
     def frozen_copy(self) -> nn.Module:
-        """The policy as it starts, on the devices as the policy is, without gradients. All ranks call it together."""
+        """The policy as it starts, on the devices as the policy is, without gradients. All ranks call it together.
+
+        Under adapters there is no copy: it is the policy itself, which ``loop.reference.as_it_started`` asks with the adapters off.
+        """
+        if has_adapters(self.model):
+            return self.model
         if shard_units(self.model):  # FSDP refuses to copy what it has sharded
             model, _ = load_policy(self.policy, trainer_precision(self))
             place(self, model)
         else:
             model = copy.deepcopy(self.model)
         return model.eval().requires_grad_(False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse whole weights for adapters, and adapters of another base model."""
+        super().on_load_checkpoint(checkpoint)
+        if self._loaded:
+            check_adapters(checkpoint, self.model, self.policy)
 
     def teardown(self, stage: str) -> None:
         """Let the engine free what it holds."""

@@ -84,7 +84,7 @@ class PreferenceModule(PolicyModule):
         options: the objective's own options, such as ``{beta: 0.1}``; the others keep the authors' defaults.
         sft_weight: weight of the chosen responses' likelihood; None takes the objective's own (0 for most, 1 for ``orpo``).
         batch_size: pairs of an optimiser step, over all devices and accumulated micro-steps.
-        reference: the reference policy where the objective needs one; None is the policy as it starts.
+        reference: the reference policy where the objective needs one; None is the policy as it starts, under adapters without a copy.
         reference_cache: folder, on a disk that all ranks see, in which the reference's log-probs are kept. They are computed once, before
             training, and the copy of the reference is dropped; a later run with the same reference only reads. Not for ``kto``.
         stress: how ``gapo`` perturbs the weights; None for the defaults. For no other objective.
@@ -137,6 +137,10 @@ class PreferenceModule(PolicyModule):
             raise ConfigError(f"objective {self.objective_name} perturbs no weights; leave stress out")
         if not self.objective.needs_reference and (self.reference or self.reference_cache):
             raise ConfigError(f"objective {self.objective_name} has no reference policy; leave reference and reference_cache out")
+        if self.reference is not None and self.reference.lora is not None:
+            raise ConfigError(
+                "reference.lora: a reference is not trained; leave lora out, and name a folder of adapters as reference.model"
+            )
         if self.objective.labels and self.reference_cache:
             raise ConfigError(
                 f"reference_cache: {self.objective_name} also asks for log-probs of responses to other prompts, which depend on the batch; "
@@ -152,8 +156,8 @@ class PreferenceModule(PolicyModule):
         fitting = self._trainer is None or self._trainer.state.fn == "fit"
         if not self.objective.needs_reference or not fitting or self._reference is not None:
             return
-        # loaded before this fit, the policy may hold a checkpoint's weights by now
-        spec = self.reference or (None if fresh else self.policy)
+        # loaded before this fit, the policy may hold a checkpoint's weights by now; what lies under adapters stays as it was
+        spec = self.reference or (None if fresh or self.policy.lora else self.policy)
         model = self.frozen_copy() if spec is None else self._other_policy(spec)
         cache = None if self.reference_cache is None else ReferenceCache(self.reference_cache, model, trainer_precision(self))
         self._reference = ReferencePolicy(model, self.tokenizer.pad_token_id, cache)

@@ -263,6 +263,7 @@ class WindowedModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next training step needs."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("aapa", {})
         if "plan" in state:
             rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
