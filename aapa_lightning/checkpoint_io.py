@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,15 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
-from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import atomic_write
+from aapa_lightning.shard_files import in_memory, read_checkpoint, remove
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint beside its target and replaces the target in one step; reads tensors and primitives only.
 
     Lightning's own writer goes through the temporary folder, so where that is another file system it copies into place, and a kill
-    leaves half a file under the good name. Sharded strategies that write a folder do not pass through here.
+    leaves half a file under the good name. It also reads the folders that the strategy ``fsdp2`` writes, whole.
     """
 
     @override
@@ -35,17 +34,15 @@ class AtomicCheckpointIO(CheckpointIO):
         """Load ``path`` without unpickling objects, whatever ``weights_only`` says.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: there is no such file or folder.
         """
-        if not Path(path).exists():
-            raise ConfigError(f"no checkpoint at {path}; expected a file written by a fit run, such as RUN/checkpoints/last.ckpt")
+        if not Path(path).is_file():
+            found: dict[str, Any] = in_memory(read_checkpoint(path))
+            return found
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return checkpoint
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
         """Delete the file, or the folder of a sharded checkpoint."""
-        if Path(path).is_dir():
-            shutil.rmtree(path)
-        else:
-            Path(path).unlink(missing_ok=True)
+        remove(Path(path))

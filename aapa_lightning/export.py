@@ -14,14 +14,19 @@ from aapa_lightning.adapter_checkpoints import check_base, check_names, saved_sp
 from aapa_lightning.adapter_weights import adapter_base, merged_model, save_adapter
 from aapa_lightning.adapters import adapter_names, has_adapters
 from aapa_lightning.errors import ConfigError, in_one_line
+<<<<<<< /tmp/lora.wt
+from aapa_lightning.policy import PolicySpec, load_tokenizer
+from aapa_lightning.shard_files import in_memory, is_checkpoint_folder, read_checkpoint
+=======
 from aapa_lightning.policy import PolicySpec, load_policy, load_tokenizer
 from aapa_lightning.quantization import is_quantized
+>>>>>>> /tmp/lora.mine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def policy_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def policy_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The policy's weights out of a Lightning checkpoint, without the ``model.`` prefix."""
     return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items() if name.startswith("model.")}
 
@@ -32,7 +37,7 @@ def export_policy(
     """Write a Hugging Face folder (safetensors, config, tokenizer) from a checkpoint of this library, adapters merged.
 
     Args:
-        checkpoint: a ``.ckpt`` file; read with ``weights_only=True``.
+        checkpoint: a ``.ckpt`` file, or the folder of a sharded one; no objects are unpickled.
         out: folder to write.
         tokenizer: where the tokenizer lies now, if it has moved since training.
         base: where the base model of the adapters lies now, if it has moved.
@@ -48,8 +53,8 @@ def export_policy(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     path = Path(checkpoint)
-    if not path.is_file():
-        raise ConfigError(f"export: expected a checkpoint file, found nothing at {path}")
+    if not (path.is_file() or is_checkpoint_folder(path)):
+        raise ConfigError(f"export: expected a checkpoint, file or folder, found nothing at {path}")
     loaded = _read_checkpoint(path)
     saved = loaded.get("aapa", {}).get("policy")
     if saved is None:
@@ -67,7 +72,7 @@ def export_policy(
         raise ConfigError(f"export: transformers has no model type {kind!r}; use the folder export/ that the run itself wrote") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    state = policy_state(loaded)
+    state = in_memory(policy_state(loaded))
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, value in model.named_parameters() if value.is_meta]
@@ -129,14 +134,16 @@ def save_adapters(model: Any, tokenizer: PreTrainedTokenizerBase, out: str | Pat
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that torch did not write fails in many ways
-        raise ConfigError(f"export: {path} is not a checkpoint of tensors and primitives: {in_one_line(error)}") from error
+        loaded = read_checkpoint(path)
+    except ConfigError as error:
+        raise ConfigError(f"export: {error}") from error
     return loaded if isinstance(loaded, dict) else {}
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder.
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write model and tokenizer as a Hugging Face folder; ``state`` is the model's whole state dictionary where its own is sharded.
 
     Warns when the folder's tokenizer would not be this one: transformers picks the tokenizer's class by the model's type for some types,
     and then reads the same files differently. Warns also of a generation config that transformers refuses to write.
@@ -144,7 +151,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     from transformers import AutoTokenizer
 
     _mend_generation_config(model)
-    model.save_pretrained(out)
+    model.save_pretrained(out, state_dict=state)
     tokenizer.save_pretrained(out)
     saved = AutoTokenizer.from_pretrained(out)
     if saved.get_vocab() != tokenizer.get_vocab() or _pre_tokenizer(saved) != _pre_tokenizer(tokenizer):

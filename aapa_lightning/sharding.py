@@ -96,7 +96,7 @@ def gather_state(model: nn.Module) -> dict[str, Tensor] | None:
     for name, value in state.items():
         if id(value) not in kept:
             gathered = whole[name]
-            kept[id(value)] = gathered.cpu() if first else gathered[:0]
+            kept[id(value)] = gathered.cpu() if first else torch.empty(0)
         if first:
             found[name] = kept[id(value)]
     return found

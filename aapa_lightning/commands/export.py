@@ -10,7 +10,7 @@ from aapa_lightning.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a run folder (its last checkpoint)")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, file or folder, or a run folder (its last checkpoint)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--tokenizer", help="where the tokenizer lies now, if it has moved since training")
     parser.add_argument("--base", help="where the base model of a run with adapters lies now, if it has moved since training")
@@ -22,11 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export the policy."""
     from aapa_lightning.export import export_policy
+    from aapa_lightning.runs import last_checkpoint
+    from aapa_lightning.shard_files import is_checkpoint_folder
 
     given, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} already exists; name a new folder, or remove it")
+<<<<<<< /tmp/lora.wt
+    run_folder = given.is_dir() and not is_checkpoint_folder(given)
+    export_policy(last_checkpoint(given) if run_folder else given, out, tokenizer=args.tokenizer)
+=======
     checkpoint = given / "checkpoints" / "last.ckpt" if given.is_dir() else given
     export_policy(checkpoint, out, tokenizer=args.tokenizer, base=args.base, adapter=args.adapter)
+>>>>>>> /tmp/lora.mine
     print(f"written to {out}")
     return 0

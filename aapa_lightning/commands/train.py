@@ -30,6 +30,8 @@ from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
+from aapa_lightning.shard_files import read_checkpoint
+from aapa_lightning.strategies import FSDP2Strategy  # noqa: F401 - registers itself as fsdp2
 
 #: The data module of a configuration that names none.
 DEFAULT_DATA = {"class_path": "aapa_lightning.data.datamodule.AapaDataModule"}
@@ -219,7 +221,7 @@ class AapaCLI(LightningCLI):
         folder, last = self.run_dir / "export", last_checkpoint(self.run_dir)
         if callable(getattr(self.model, "export", None)):
             self.model.export(folder)
-        elif isinstance(self.model, InferenceModule) and last.is_file() and self.trainer.is_global_zero:
+        elif isinstance(self.model, InferenceModule) and last.exists() and self.trainer.is_global_zero:
             export_policy(last, folder)
         self.trainer.strategy.barrier()
 
@@ -241,4 +243,4 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _saved_step(checkpoint: str) -> int:
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_checkpoint(checkpoint)["global_step"])

@@ -27,6 +27,7 @@ from aapa_lightning.modules.windowed import OptimizerFactory, Records, Scheduler
 from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.policy import PolicySpec
+from aapa_lightning.sharding import gather_state
 from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
 
 __all__ = ["OptimizerFactory", "PolicyModule", "Records", "SchedulerFactory", "default_optimizer"]
@@ -206,9 +207,16 @@ class PolicyModule(WindowedModule, InferenceModule):
         return {} if self.anchor is None else {"anchor/weight": self.anchor_weight()}
 
     def export(self, out: str | Path) -> None:
+<<<<<<< /tmp/lora.wt
+        """Write the policy as a Hugging Face folder, on rank 0. All ranks call it together."""
+        state = gather_state(self.model)
+        if self.trainer.is_global_zero:
+            save_policy(self.model, self.tokenizer, out, state)
+=======
         """Write the policy as a Hugging Face folder, adapters merged, on rank 0."""
         if self.trainer.is_global_zero:
             save_trained(self.model, self.tokenizer, out, self.policy)
+>>>>>>> /tmp/lora.mine
 
     def describe(self) -> dict[str, Any]:
         """The policy's configuration and tokenizer, and what its adapters lie on."""

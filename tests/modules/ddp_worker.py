@@ -21,7 +21,14 @@ from aapa_lightning.errors import AapaError
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.runs import MetricsCSV
 from aapa_lightning.sharding import WholeTensors
-from aapa_lightning.strategies import FSDP2Strategy  # noqa: F401 - registers itself
+from aapa_lightning.strategies import FSDP2Strategy
+
+STRATEGIES = {
+    "auto": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp2": lambda: "fsdp2",
+    "fsdp2 full": lambda: FSDP2Strategy(save_distributed_checkpoint=False),
+}
 
 
 class KillAt(L.Callback):
@@ -72,7 +79,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
     trainer = kit.make_trainer(
         callbacks=callbacks,
         devices=world_size,
-        strategy=job.get("strategy", "ddp" if world_size > 1 else "auto"),
+        strategy=STRATEGIES[job.get("strategy", "ddp" if world_size > 1 else "auto")](),
         use_distributed_sampler=False,
         **options,
     )

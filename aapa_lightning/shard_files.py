@@ -1,0 +1,189 @@
+"""Checkpoints in a folder: what every rank holds lies in a file of its own, and any number of ranks can read them.
+
+A folder holds ``checkpoint.pt``, the checkpoint with a note in the place of every sharded tensor, and ``rank<r>.pt``, the rows of those
+tensors that rank r held. All are read without unpickling objects. The folder's name is hidden; a link that is replaced in one step points
+to it, so that a crash while writing leaves the last checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from aapa_lightning.errors import ConfigError, in_one_line
+from aapa_lightning.files import atomic_write
+
+_INDEX = "checkpoint.pt"
+#: Key of a note: its value is the tensor's number.
+_NOTE = "__shards__"
+
+
+@dataclass(slots=True)
+class SavedTensor:
+    """A tensor of a checkpoint, its rows spread over files.
+
+    Args:
+        shape: of the whole.
+        pieces: rows and the number of the first.
+    """
+
+    shape: tuple[int, ...]
+    pieces: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """A copy of rows ``start`` to ``stop``, ``[stop - start, ...]``."""
+        parts = [rows[max(start - first, 0) : stop - first] for first, rows in self.pieces if first < stop and start < first + len(rows)]
+        return torch.cat(parts) if parts else self.pieces[0][1].new_empty((0, *self.shape[1:]))
+
+    def whole(self) -> Tensor:
+        """A copy of all rows."""
+        return self.rows(0, self.shape[0])
+
+
+def map_tensors(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of nested dictionaries, lists and tuples in which every tensor (``SavedTensor`` too) is ``change`` of it."""
+    if isinstance(tree, Tensor | SavedTensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, map_tensors(value, change)) for key, value in tree.items())
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, change) for value in tree)
+    return tree
+
+
+def local_rows(tensor: DTensor) -> tuple[int, Tensor]:
+    """The first row of this rank's part of a tensor that is sharded by rows, and the part.
+
+    Raises:
+        ConfigError: a tensor that is split otherwise.
+    """
+    if any(not isinstance(placement, Shard) or placement.dim != 0 for placement in tensor.placements):
+        raise ConfigError(f"checkpoint: expected tensors that are sharded by rows, found placements {tensor.placements}")
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], tensor.to_local().detach()
+
+
+def write_folder(checkpoint: dict[str, Any], folder: Path, rank: int, barrier: Callable[[], None]) -> None:
+    """Write a checkpoint with sharded tensors into a new folder; all ranks call it together. Tied tensors are written once."""
+    shards: list[dict[str, Any]] = []
+    numbers: dict[int, int] = {}
+
+    def note(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value.detach()
+        if id(value) not in numbers:
+            first, rows = local_rows(value)
+            numbers[id(value)] = len(shards)
+            shards.append({"shape": list(value.shape), "first": first, "rows": rows.cpu()})
+        return {_NOTE: numbers[id(value)]}
+
+    index = map_tensors(checkpoint, note)
+    with atomic_write(folder / f"rank{rank}.pt") as file:
+        torch.save(shards, file)
+    barrier()
+    if rank == 0:
+        with atomic_write(folder / _INDEX) as file:
+            torch.save(index, file)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Let ``path`` lead to a finished folder, and remove the one that it led to; what else lies at ``path`` is replaced."""
+    link = folder.with_name(f"{folder.name}.link")
+    link.symlink_to(folder.name)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    os.replace(link, path)
+    clean(path)
+
+
+def clean(path: Path) -> None:
+    """Remove the hidden folders of ``path`` that it does not lead to: replaced ones, and unfinished ones of a crash."""
+    kept = os.readlink(path) if path.is_symlink() else None
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir() and folder.name != kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, and whatever a crash left of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    clean(path)
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return (path / _INDEX).is_file()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint, file or folder, without unpickling objects. Tensors stay on disk until they are used.
+
+    Returns:
+        The checkpoint; in the place of sharded tensors ``SavedTensor``.
+
+    Raises:
+        ConfigError: nothing there, or no checkpoint of this library.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"no checkpoint at {path}; expected a file or folder written by a fit run, such as RUN/checkpoints/last.ckpt")
+    if not path.is_dir():
+        return _read(path)
+    if not is_checkpoint_folder(path):
+        raise ConfigError(f"{path}: expected a checkpoint folder written by --trainer.strategy fsdp2, found no {_INDEX} in it")
+    tensors: dict[int, SavedTensor] = {}
+    for file in sorted(path.glob("rank*.pt")):
+        for number, shard in enumerate(_read(file)):
+            tensors.setdefault(number, SavedTensor(tuple(shard["shape"]))).pieces.append((shard["first"], shard["rows"]))
+    for tensor in tensors.values():
+        tensor.pieces.sort(key=lambda piece: piece[0])
+        if sum(len(rows) for _, rows in tensor.pieces) != tensor.shape[0]:
+            raise ConfigError(f"{path}: expected {tensor.shape[0]} rows of a tensor in its rank files; some are missing")
+    found: dict[str, Any] = _resolve(_read(path / _INDEX), tensors)
+    return found
+
+
+def in_memory(tree: Any) -> Any:
+    """A part of what ``read_checkpoint`` gave, with whole tensors in the place of those in several files; tied ones once."""
+    kept: dict[int, Tensor] = {}
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, SavedTensor):
+            return value
+        if id(value) not in kept:
+            kept[id(value)] = value.whole()
+        return kept[id(value)]
+
+    return map_tensors(tree, whole)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a file that torch did not write fails in many ways
+        raise ConfigError(f"{path} is not a checkpoint of tensors and primitives: {in_one_line(error)}") from error
+
+
+def _resolve(tree: Any, tensors: dict[int, SavedTensor]) -> Any:
+    if isinstance(tree, dict):
+        if _NOTE in tree:
+            return tensors[tree[_NOTE]]
+        return type(tree)((key, _resolve(value, tensors)) for key, value in tree.items())
+    if isinstance(tree, list | tuple):
+        return type(tree)(_resolve(value, tensors) for value in tree)
+    return tree
