@@ -76,6 +76,17 @@ def merged_model(model: Any) -> Any:
     return merged
 
 
+def assembled(model: Any, state: Mapping[str, Tensor]) -> Any:
+    """A model in one piece, for one whose parameters lie in shards and whose whole state dictionary is ``state``."""
+    base = model.get_base_model()
+    with torch.device("meta"):  # of what fully_shard has turned into a class of its own, this makes a plain one
+        plain = type(base)(copy.deepcopy(base.config))
+        twin = peft_package().get_peft_model(plain, copy.deepcopy(model.active_peft_config))
+    twin.load_state_dict(state, assign=True)
+    plain.generation_config = copy.deepcopy(base.generation_config)
+    return twin
+
+
 def _still_tied(base: Any, state: Mapping[str, Tensor]) -> bool:
     paths = {id(module): path for path, module in base.named_modules()}
     head, embeddings = (state.get(f"{paths.get(id(m))}.weight") for m in (base.get_output_embeddings(), base.get_input_embeddings()))
