@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aapa_lightning.lm_head import HeadScorer, causal_model, seen, set_logprob_backend, streaming_backend
 from aapa_lightning.packing import pack, padded_inputs, set_packing
+from aapa_lightning.prefix import Prefixes, sharing_pays
 from aapa_lightning.token_logprobs import token_logprobs
 
 __all__ = ["response_logprobs", "sequence_logprobs", "set_logprob_backend", "set_packing", "token_logprobs"]
@@ -32,14 +33,16 @@ def _score_last(
     wanted: Tensor,
     temperature: float,
     backend: str | None,
+    prefixes: Prefixes | None = None,
     **options: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and entropies ``[N, K]`` of the last K tokens of each row, of those in ``wanted``; others have any finite value."""
-    packed = pack(model, input_ids, attention_mask, wanted)
+    packed = pack(model, input_ids, attention_mask, wanted) if prefixes is None else None
     if packed is None:
         keep = wanted.shape[1] + 1
         ids = input_ids[:, input_ids.shape[1] - wanted.shape[1] :]
         inputs = padded_inputs(model, input_ids, attention_mask, keep)
+        inputs = inputs if prefixes is None else prefixes.before(inputs)
         streamed = _streamed(model, inputs, ids, wanted, temperature, backend, options)
         return streamed or token_logprobs(model(**inputs).logits[:, -keep:-1], ids, temperature, **options)
     found = _streamed(model, packed.inputs, packed.ids, packed.wanted, temperature, backend, options)
@@ -87,6 +90,7 @@ def response_logprobs(
     entropy: bool = False,
     entropy_grad: bool = True,
     backend: str | None = None,
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of sampled responses. Logits exist for response positions alone, or not at all, and padding changes no value.
 
@@ -107,15 +111,20 @@ def response_logprobs(
         entropy: also return entropies of the next-token distributions.
         entropy_grad: entropies carry a gradient.
         backend: ``auto``, ``full``, ``chunked`` or ``liger``; None takes what ``set_logprob_backend`` chose for the model, else ``auto``.
+        group_size: rows come in groups of so many adjacent ones with one prompt, which is read once, where the model allows it
+            (``prefix.can_share``) and enough is saved.
 
     Returns:
         Log-probs ``[N, L]`` and entropies ``[N, L]`` or None, nats, float32, 0 on padding.
     """
     input_ids = torch.cat((prompt_ids, response_ids), dim=1)
     attention_mask = torch.cat((prompt_mask, response_mask), dim=1)
-    logprobs, entropies = _score_last(
-        model, input_ids, attention_mask, response_mask.bool(), temperature, backend, entropy=entropy, entropy_grad=entropy_grad
-    )
+    prefixes = None
+    if group_size > 1 and sharing_pays(model, prompt_mask, group_size):
+        # the last prompt token stands with the responses: its logits are those of their first tokens
+        prefixes = Prefixes(model, prompt_ids[::group_size, :-1], prompt_mask[::group_size, :-1], group_size)
+    parts = (model, input_ids, attention_mask, response_mask.bool(), temperature, backend, prefixes)
+    logprobs, entropies = _score_last(*parts, entropy=entropy, entropy_grad=entropy_grad)
     off = ~response_mask
     return logprobs.masked_fill(off, 0.0), None if entropies is None else entropies.masked_fill(off, 0.0)
 

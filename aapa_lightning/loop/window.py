@@ -149,6 +149,7 @@ def policy_inputs(
         temperature,
         entropy=entropy,
         entropy_grad=entropy_grad,
+        group_size=common_group_size(rollouts.group_ids),
     )
     old = logprobs.detach() if experience.old_logprobs is None else experience.old_logprobs
     weights, weight_metrics = correction_weights(old, rollouts.engine_logprobs, experience.loss_mask, correction or CorrectionOptions())
@@ -162,6 +163,13 @@ def policy_inputs(
         weights=weights,
         weight_metrics=weight_metrics,
     )
+
+
+def common_group_size(group_ids: Tensor) -> int:
+    """The size of all groups, if their rows are adjacent and they have one size; else 1."""
+    groups, sizes = group_ids.unique_consecutive(return_counts=True)
+    alike = len(groups) == len(group_ids.unique()) and len(sizes.unique()) == 1
+    return int(sizes[0]) if alike else 1
 
 
 def window_logprobs(model: nn.Module, rollouts: Rollouts, plan: WindowPlan, temperature: float) -> Tensor:
@@ -180,7 +188,8 @@ def window_logprobs(model: nn.Module, rollouts: Rollouts, plan: WindowPlan, temp
     with torch.no_grad():
         for rows in _trained_rows(plan):
             part = slice_rollouts(rollouts, rows)
-            logprobs, _ = response_logprobs(model, part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask, temperature)
+            parts = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
+            logprobs, _ = response_logprobs(model, *parts, temperature, group_size=common_group_size(part.group_ids))
             scored[rows, : logprobs.shape[1]] = logprobs
     return scored
 

@@ -1,0 +1,128 @@
+"""Prompts that several rows begin with, read once: their keys and values stand before each row's own, gradients included."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.lm_head import causal_model
+
+#: Below so many tokens saved, reading prompts apart costs more than it saves.
+LEAST_SAVED = 256
+#: Layers that can go on behind keys and values of a prefix: all others remember something else.
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+_CAN_SHARE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Prefixes:
+    """What a causal language model remembers of ``U`` prefixes, each of which ``group_size`` adjacent rows begin with.
+
+    Args:
+        model: see ``can_share``.
+        ids: int64 ``[U, P]``, padded on the left.
+        mask: bool ``[U, P]``.
+        group_size: rows of each prefix.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, mask: Tensor, group_size: int) -> None:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        # the head of one position that nobody reads: every model can be asked for that, whatever it is wrapped in
+        model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.width = ids.shape[1]
+        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
+        self._group_size = group_size
+
+    def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with for what follows the prefixes; it may be called more than once.
+
+        Args:
+            inputs: what it would be called with for whole rows: ``input_ids``, ``position_ids`` and ``attention_mask``, ``[N, P + T]``.
+        """
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        cache.layers = [_layer(keys, values, self._group_size) for keys, values in self._layers]
+        rest = {name: inputs[name][:, self.width :] for name in ("input_ids", "position_ids")}
+        return inputs | rest | {"past_key_values": cache, "use_cache": True}
+
+
+def _layer(keys: Tensor, values: Tensor, group_size: int) -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    class Prefix(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            # what a forward adds is not kept
+            return torch.cat([repeat(self.keys), key_states], -2), torch.cat([repeat(self.values), value_states], -2)
+
+    def repeat(states: Any) -> Tensor:
+        # an expansion, whose gradient is a sum in fixed order
+        repeated: Tensor = states[:, None].expand(-1, group_size, -1, -1, -1).flatten(0, 1)
+        return repeated
+
+    layer = Prefix()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def sharing_pays(model: nn.Module, prompt_mask: Tensor, group_size: int) -> bool:
+    """Whether to read the prompts of ``N`` rows once per group.
+
+    Args:
+        model: of any kind.
+        prompt_mask: bool ``[N, P]``, of groups of adjacent rows.
+        group_size: rows of a group.
+    """
+    rows, width = prompt_mask.shape
+    saved = (rows - rows // group_size) * (width - 1)
+    # recomputed layers take no cache
+    checkpointed = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return saved >= LEAST_SAVED and not checkpointed and can_share(model)
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether rows behind prefixes get the logits that they get in one piece: by the kinds of its layers, then tried on a few tokens, once.
+
+    A model that is recurrent, attends in both directions, drops units at random, lies in shards, or cannot be called so, answers no.
+    """
+    inner: Any = causal_model(model)
+    if inner not in _CAN_SHARE:
+        state = torch.get_rng_state()
+        _CAN_SHARE[inner] = _keeps_all_tokens(inner) and _tried(model)
+        torch.set_rng_state(state)
+    return _CAN_SHARE[inner]
+
+
+def _keeps_all_tokens(inner: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    parameters = inspect.signature(inner.forward).parameters
+    kinds = set(getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or _ATTENTION)
+    whole = not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in inner.parameters())
+    return {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys() and kinds <= _ATTENTION and whole
+
+
+@torch.no_grad()
+def _tried(model: nn.Module) -> bool:
+    # any tokens will do; a row of one kind of token would hide wrong positions
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0, 1, 2, 3, 4, 2, 1], [0, 1, 2, 3, 1, 4, 0], [0, 0, 4, 3, 1, 4, 0], [0, 0, 4, 3, 2, 2, 1]], device=device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[2:, :2] = False
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions, "use_cache": False}
+    try:
+        expected = model(**inputs).logits[:, 4:]
+        found = model(**Prefixes(model, ids[::2, :4], mask[::2, :4], 2).before(inputs)).logits
+    except Exception:  # code of any model: whatever it raises, prompts are read with every row
+        return False
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max().clamp_min(1))
