@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aapa_lightning.adapter_checkpoints import check_base, check_names, saved_spec
-from aapa_lightning.adapter_weights import adapter_base, merged_model, save_adapter
+from aapa_lightning.adapter_weights import adapter_base, assembled, merged_model, save_adapter
 from aapa_lightning.adapters import adapter_names, has_adapters
 from aapa_lightning.errors import ConfigError, in_one_line
-<<<<<<< /tmp/lora.wt
-from aapa_lightning.policy import PolicySpec, load_tokenizer
-from aapa_lightning.shard_files import in_memory, is_checkpoint_folder, read_checkpoint
-=======
 from aapa_lightning.policy import PolicySpec, load_policy, load_tokenizer
 from aapa_lightning.quantization import is_quantized
->>>>>>> /tmp/lora.mine
+from aapa_lightning.shard_files import in_memory, is_checkpoint_folder, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,21 +88,29 @@ def _export_adapters(loaded: Mapping[str, Any], saved: Mapping[str, Any], out: s
     if trained.quantization == "none":
         check_base(saved["lora"], model, repr(spec.model))
     check_names(loaded["state_dict"], model)
-    model.load_state_dict(policy_state(loaded), strict=False)
+    model.load_state_dict(in_memory(policy_state(loaded)), strict=False)
     if adapter:
         save_adapters(model, tokenizer, out, spec)
     else:
         save_policy(merged_model(model), tokenizer, out)
 
 
-def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, spec: PolicySpec) -> None:
-    """Write a policy at the end of its training: a Hugging Face folder, adapters merged.
+def save_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    spec: PolicySpec,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a policy at the end of its training: a Hugging Face folder, adapters merged. ``state`` is as of ``save_policy``.
 
     Adapters on weights that were quantised in training are merged into the weights as they were before. Where the base model comes
     quantised as it is, there are none, and the adapters alone are written, with a warning.
     """
     if not has_adapters(model):
-        save_policy(model, tokenizer, out)
+        save_policy(model, tokenizer, out, state)
+    elif state is not None:
+        save_policy(merged_model(assembled(model, state)), tokenizer, out)
     elif not is_quantized(model):
         save_policy(merged_model(model), tokenizer, out)
     elif spec.quantization == "none":

@@ -28,12 +28,8 @@ def run(args: argparse.Namespace) -> int:
     given, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} already exists; name a new folder, or remove it")
-<<<<<<< /tmp/lora.wt
     run_folder = given.is_dir() and not is_checkpoint_folder(given)
-    export_policy(last_checkpoint(given) if run_folder else given, out, tokenizer=args.tokenizer)
-=======
-    checkpoint = given / "checkpoints" / "last.ckpt" if given.is_dir() else given
+    checkpoint = last_checkpoint(given) if run_folder else given
     export_policy(checkpoint, out, tokenizer=args.tokenizer, base=args.base, adapter=args.adapter)
->>>>>>> /tmp/lora.mine
     print(f"written to {out}")
     return 0

@@ -207,16 +207,10 @@ class PolicyModule(WindowedModule, InferenceModule):
         return {} if self.anchor is None else {"anchor/weight": self.anchor_weight()}
 
     def export(self, out: str | Path) -> None:
-<<<<<<< /tmp/lora.wt
-        """Write the policy as a Hugging Face folder, on rank 0. All ranks call it together."""
+        """Write the policy as a Hugging Face folder, adapters merged, on rank 0. All ranks call it together."""
         state = gather_state(self.model)
         if self.trainer.is_global_zero:
-            save_policy(self.model, self.tokenizer, out, state)
-=======
-        """Write the policy as a Hugging Face folder, adapters merged, on rank 0."""
-        if self.trainer.is_global_zero:
-            save_trained(self.model, self.tokenizer, out, self.policy)
->>>>>>> /tmp/lora.mine
+            save_trained(self.model, self.tokenizer, out, self.policy, state)
 
     def describe(self) -> dict[str, Any]:
         """The policy's configuration and tokenizer, and what its adapters lie on."""
