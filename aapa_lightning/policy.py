@@ -124,8 +124,10 @@ def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel,
         model = put_adapters(model, spec.lora, spec.seed)
     if spec.disable_dropout:
         disable_dropout(model)
-    if spec.activation_checkpointing:  # after the adapters: peft makes the embeddings' output require a gradient, for the reentrant kind
+    if spec.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if spec.lora is not None:  # gradients of the embeddings, which the reentrant kind alone needs, cost a pass through frozen layers
+            model.disable_input_require_grads()
     if spec.attn_implementation == "auto":
         use_flash_attention(model, compute_dtype(dtype, precision))
     set_logprob_backend(model, spec.logprob_backend)
