@@ -17,11 +17,12 @@ class _PrefixLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self._rows = keys, values, rows
+        self.keys, self.values = keys, values
+        self._before, self._rows = (keys, values), rows
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[self._rows], self.values[self._rows]
+        keys, values = (states[self._rows] for states in self._before)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 

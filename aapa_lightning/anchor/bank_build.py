@@ -1,0 +1,268 @@
+"""Building an expert bank: in parts that survive being killed, by one process or by several, then joined into one file.
+
+A build writes parts of ``PART_BATCHES`` batches into a folder beside the bank, each whole or not there. One that goes on checks the records
+behind the parts it keeps, so that no row is lost, doubled or stale. Joining streams the parts into the bank.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aapa_lightning.anchor.base import Discriminator
+from aapa_lightning.anchor.files import read_json
+from aapa_lightning.anchor.segment import Segmenter, segment_texts
+from aapa_lightning.anchor.thinking import answer_start
+from aapa_lightning.data.records import prompt_hash
+from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.files import write_json
+from aapa_lightning.types import Record
+
+ROWS, INDEX, STAMP, _NOTE = "experts.arrow", "index.arrow", "bank.json", "build.json"
+#: Batches of a part: what a killed build scores again at most.
+PART_BATCHES = 16
+Row = dict[str, Any]
+
+
+def schema() -> Any:
+    """Of the rows: a record's prompt, its expert responses as they were scored, and the logits of their sentences."""
+    import pyarrow as pa
+
+    return pa.schema([("prompt_hash", pa.string()), ("experts", pa.list_(pa.string())), ("logits", pa.list_(pa.list_(pa.float32())))])
+
+
+def shard_folder(target: Path, shard: tuple[int, int]) -> Path:
+    """Where the parts of one of several processes lie until they are joined; of a single one, until the bank is whole."""
+    number, count = shard
+    return target.with_name(f"{target.name}.partial" if count == 1 else f"{target.name}.shard-{number}-of-{count}")
+
+
+def build_parts(
+    target: Path,
+    records: Sequence[Record],
+    discriminator: Discriminator,
+    segmenter: Segmenter,
+    shard: tuple[int, int],
+    *,
+    batch_size: int,
+    score_thinking: bool,
+    resume: bool,
+) -> None:
+    """Score one shard of the records, batch by batch, and write its parts.
+
+    Args:
+        target: the bank's folder.
+        records: all records, of all shards.
+        discriminator: the judge.
+        segmenter: how to split.
+        shard: which, counted from 1, and of how many: contiguous ranges of the records.
+        batch_size: records scored at a time.
+        score_thinking: keep the thinking before an answer.
+        resume: keep the parts of an interrupted build.
+
+    Raises:
+        DataError: a record without an expert response, or one that has changed since its part was written.
+        ConfigError: the interrupted build was another one, or is being written by another process.
+    """
+    number, count = shard
+    if not 1 <= number <= count or batch_size < 1:
+        raise ConfigError(f"expected a shard from 1 to {count} and a batch_size of at least 1, found {number} and {batch_size}")
+    folder = shard_folder(target, shard)
+    meta = {
+        "fingerprint": discriminator.fingerprint(),
+        "cross_fitted": bool(getattr(discriminator, "cross_fitted", False)),
+        "segmenter": segmenter.settings(),
+        "score_thinking": score_thinking,
+        "batch_size": batch_size,
+        "rows": len(records),
+        "shards": count,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, end = len(records) * (number - 1) // count, len(records) * number // count
+    step = batch_size * PART_BATCHES
+    with _locked(folder):
+        _begin(folder, meta, resume=resume)
+        try:
+            for start in range(begin, end, step):
+                mine = range(start, min(start + step, end))
+                part = folder / f"part-{start:012d}-{mine.stop:012d}.arrow"
+                if part.exists():
+                    _check_part(part, (records[i] for i in mine), score_thinking)
+                else:
+                    write_part(part, _rows(records, mine, discriminator, segmenter, batch_size, score_thinking))
+        except BaseException:
+            if not any(folder.glob("part-*.arrow")):
+                shutil.rmtree(folder)  # nothing to go on with
+            raise
+
+
+def _rows(
+    records: Sequence[Record], numbers: range, discriminator: Discriminator, segmenter: Segmenter, batch_size: int, score_thinking: bool
+) -> Iterator[list[Row]]:
+    for first in range(numbers.start, numbers.stop, batch_size):
+        batch = [records[i] for i in range(first, min(first + batch_size, numbers.stop))]
+        yield _scored(batch, discriminator, segmenter, score_thinking)
+
+
+def _begin(folder: Path, meta: dict[str, Any], *, resume: bool) -> None:
+    note = folder / _NOTE
+    plain = json.loads(json.dumps(meta))
+    if resume and note.exists():
+        found = read_json(note)
+        for name in [name for name, value in plain.items() if found.get(name) != value]:
+            raise ConfigError(
+                f"--resume: {folder} was begun with another value of {name}: expected {str(found.get(name))[:12]}, found "
+                f"{str(plain[name])[:12]}; resume with the same, or build without --resume to start anew"
+            )
+        return
+    for old in folder.glob("part-*"):
+        old.unlink()
+    write_json(note, plain)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder} is being written by another process; wait for it, or name another --out") from error
+        yield
+
+
+def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Segmenter, score_thinking: bool) -> list[Row]:
+    score = getattr(discriminator, "score_held_out", discriminator.score)
+    answers = [_answers(record, score_thinking) for record in batch]
+    pairs = [(record, text) for record, texts in zip(batch, answers, strict=True) for text in texts]
+    texts = [text for _, text in pairs]
+    spans = segment_texts(texts, segmenter)
+    logits = iter(score(texts, [record for record, _ in pairs], spans).cpu().split([len(row) for row in spans.char_spans]))
+    return [
+        {"prompt_hash": prompt_hash(record.prompt), "experts": mine, "logits": [next(logits).tolist() for _ in mine]}
+        for record, mine in zip(batch, answers, strict=True)
+    ]
+
+
+def _answers(record: Record, score_thinking: bool) -> list[str]:
+    if not record.experts:
+        raise DataError(
+            f"{record.source}: no expert response, but the expert bank needs one for every prompt; add a column 'expert', or "
+            "leave such records out (aapa bank build --missing-experts drop)"
+        )
+    return [text if score_thinking else text[answer_start(text) :] for text in record.experts]
+
+
+def write_part(path: Path, batches: Iterator[list[Row]]) -> int:
+    """Stream batches of rows into an Arrow file that is whole or not there; returns the number of rows."""
+    import pyarrow as pa
+
+    temporary, rows = path.with_name(path.name + ".tmp"), 0
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
+        for batch in batches:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema()))
+            rows += len(batch)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return rows
+
+
+def _check_part(path: Path, records: Iterator[Record], score_thinking: bool) -> None:
+    """Raise DataError when a part was not made from these records."""
+    with _opened(path) as part:
+        kept = hashlib.sha256()
+        for i in range(part.num_record_batches):
+            batch = part.get_batch(i).select(["prompt_hash", "experts"])
+            for row in batch.to_pylist():
+                kept.update(repr((row["prompt_hash"], row["experts"])).encode())
+    now = hashlib.sha256()
+    for record in records:
+        now.update(repr((prompt_hash(record.prompt), _answers(record, score_thinking))).encode())
+    if kept.digest() != now.digest():
+        raise DataError(f"--resume: the records behind {path} are not those it was made from; build without --resume to start anew")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path), "r") as source:
+            yield pa.ipc.open_file(source)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it and resume") from error
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    if not (folder / _NOTE).is_file():
+        return False
+    note = read_json(folder / _NOTE)
+    rows, count = note["rows"], note["shards"]
+    return _covers(sorted(folder.glob("part-*.arrow")), rows * (number - 1) // count, rows * number // count)
+
+
+def _covers(parts: Sequence[Path], begin: int, end: int) -> bool:
+    for part in parts:
+        start, stop = map(int, part.stem.split("-")[1:])
+        if start != begin:
+            return False
+        begin = stop
+    return begin == end
+
+
+def join_shards(target: Path, count: int) -> None:
+    """Make the bank out of the parts of ``count`` shards, whole or not at all, and remove them.
+
+    Raises:
+        ConfigError: parts are missing, or shards were built with different settings.
+    """
+    folders = [shard_folder(target, (number, count)) for number in range(1, count + 1)]
+    if missing := [number for number, folder in enumerate(folders, 1) if not _is_whole(folder, number)]:
+        raise ConfigError(
+            f"{str(target)!r}: expected {count} whole shards, found that {missing} are missing or not whole; build each of them with "
+            f"`aapa bank build --shard I/{count}`, and --resume where it was interrupted"
+        )
+    notes = [read_json(folder / _NOTE) for folder in folders]
+    if any(note != notes[0] for note in notes):
+        raise ConfigError(f"the shards of {str(target)!r} were built with different settings ({_NOTE}); build them again with the same")
+    joined = target.with_name(target.name + ".joined")
+    shutil.rmtree(joined, ignore_errors=True)
+    joined.mkdir(parents=True)
+    rows = stream(joined, [part for folder in folders for part in sorted(folder.glob("part-*.arrow"))])
+    stamp = {name: notes[0][name] for name in ("fingerprint", "cross_fitted", "segmenter")}
+    write_json(joined / STAMP, {**stamp, "rows": rows})
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(joined, target)
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def stream(folder: Path, parts: Sequence[Path]) -> int:
+    """Copy parts into one file, batch by batch, and index it: only 16 bytes a row (the index) stay in memory. Returns the rows."""
+    import numpy as np
+    import pyarrow as pa
+
+    prefixes: list[Any] = [np.empty(0, dtype=np.int64)]
+    with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
+        for part in parts:
+            with _opened(part) as source:
+                for i in range(source.num_record_batches):
+                    batch = source.get_batch(i)
+                    writer.write_batch(batch)
+                    keys = batch.column("prompt_hash").to_pylist()
+                    prefixes.append(np.array([int(key[:15], 16) for key in keys], dtype=np.int64))
+                del batch, source
+    prefix = np.concatenate(prefixes)
+    order = np.argsort(prefix, kind="stable").astype(np.int64)
+    index = pa.record_batch([pa.array(prefix[order]), pa.array(order)], names=["prefix", "row"])
+    with pa.OSFile(str(folder / INDEX), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
+        writer.write_batch(index)
+    return len(prefix)
