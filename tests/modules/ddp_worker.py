@@ -1,6 +1,7 @@
 """Runs jobs of a JSON file, one fit after another, alone or as one rank of several; the promise tests start it as a process of its own.
 
-Each job names a module and its options, the trainer's, and where its results go (``<out>.rank<r>``).
+Each job names a module and its options, the trainer's, and where its results go (``<out>.rank<r>``). Several ranks run under the job's
+strategy, else under that of the environment, else under DDP.
 """
 
 from __future__ import annotations
@@ -21,14 +22,6 @@ from aapa_lightning.errors import AapaError
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.runs import MetricsCSV
 from aapa_lightning.sharding import WholeTensors
-from aapa_lightning.strategies import FSDP2Strategy
-
-STRATEGIES = {
-    "auto": lambda: "auto",
-    "ddp": lambda: "ddp",
-    "fsdp2": lambda: "fsdp2",
-    "fsdp2 full": lambda: FSDP2Strategy(save_distributed_checkpoint=False),
-}
 
 
 class KillAt(L.Callback):
@@ -79,7 +72,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
     trainer = kit.make_trainer(
         callbacks=callbacks,
         devices=world_size,
-        strategy=STRATEGIES[job.get("strategy", "ddp" if world_size > 1 else "auto")](),
+        strategy=kit.strategy(world_size, job.get("strategy")),
         use_distributed_sampler=False,
         **options,
     )

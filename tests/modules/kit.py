@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -27,9 +28,15 @@ from aapa_lightning.policy import PolicySpec
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.sharding import WholeTensors
+from aapa_lightning.strategies import FSDP2Strategy
 from aapa_lightning.types import Record
 
 warnings.filterwarnings("ignore", module="lightning")
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "fsdp2": lambda: "fsdp2",
+    "fsdp2 full": lambda: FSDP2Strategy(save_distributed_checkpoint=False),
+}
 MODULES = {"sft": SFTModule, "grpo": GRPOModule, "chord": CHORDModule, "uniapl": UniAPLModule, "preference": PreferenceModule}
 
 
@@ -151,6 +158,11 @@ def make_anchor(weight=0.5, *, judge: int = 0, adaptive: bool = False, **options
         options |= {"guard": Guard(max_length_growth=1.01, min_entropy_ratio=0.999, patience=1)}
         weight = Adaptive(weight, decay=0.5, fast=1.0, slow=3.0, tolerance=0.0)
     return AnchorCallback(ByteJudge(judge), weight=weight, **options)
+
+
+def strategy(world_size: int, name: str | None = None):
+    """Of one rank: none; of several: ``name``, or what the environment says."""
+    return STRATEGIES[name or os.environ.get("AAPA_TEST_STRATEGY", "ddp")]() if world_size > 1 else "auto"
 
 
 def make_trainer(max_steps: int = -1, *, accumulate: int = 1, callbacks=(), logger=False, **options) -> L.Trainer:

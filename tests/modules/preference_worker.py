@@ -44,7 +44,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
         callbacks=[kit.make_anchor(0.7, scale="batch")] if job.get("anchored") else [],
         logger=rows,
         devices=world_size,
-        strategy="ddp" if world_size > 1 else "auto",
+        strategy=kit.strategy(world_size),
         use_distributed_sampler=False,
     )
     module = kit.make_module("preference", PolicySpec(job["policy"]), **options)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from kit import make_records, make_trainer, weights
+from kit import make_records, make_trainer, strategy, weights
 
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.modules.reward_model import RewardModelModule
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.types import Record
 
-__all__ = ["fit", "make_golden", "make_records", "make_reward_model", "make_trainer", "weights"]
+__all__ = ["fit", "make_golden", "make_records", "make_reward_model", "make_trainer", "strategy", "weights"]
 
 
 def make_golden(count: int = 10, first: int = 0) -> list[Record]:

@@ -21,7 +21,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
         2,
         accumulate=job["accumulate"],
         devices=world_size,
-        strategy="ddp" if world_size > 1 else "auto",
+        strategy=rewards.strategy(world_size),
         use_distributed_sampler=False,
     )
     # eleven and seven pairs: ranks have unequal shares, and one of them runs out of golden pairs first

@@ -65,14 +65,15 @@ def policy(tiny_model_dir):
     return str(tiny_model_dir)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, policy):
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def two_ranks(request, tmp_path_factory, policy):
     """Two processes: every job of both tables."""
     folder = tmp_path_factory.mktemp("preference-ranks")
     jobs = [_job(key, folder, policy, 2) for key in PLAIN] + [_job(key, folder, policy, 1) for key in BATCH]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     root = WORKER.parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    env |= {"AAPA_TEST_STRATEGY": request.param}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(folder / "jobs.json")]
     done = subprocess.run([sys.executable, *launcher], env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-5000:]

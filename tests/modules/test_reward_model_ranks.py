@@ -26,8 +26,8 @@ def worker():
     sys.path.remove(str(WORKER.parent))
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, tiny_model_dir):
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def two_ranks(request, tmp_path_factory, tiny_model_dir):
     """What two ranks with two micro-steps each wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [
@@ -36,6 +36,7 @@ def two_ranks(tmp_path_factory, tiny_model_dir):
     (folder / "jobs.json").write_text(json.dumps(jobs))
     root = WORKER.parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    env |= {"AAPA_TEST_STRATEGY": request.param}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(folder / "jobs.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
