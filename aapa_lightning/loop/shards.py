@@ -44,7 +44,7 @@ def sum_over_shards(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> l
     return [sum(column) for column in zip(*totals, strict=True)]
 
 
-def sharded_gradient(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def sharded_gradient(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool = False) -> list[Tensor]:
     """Gradient of a loss, reduced over the ranks and sharded as the parameters are; leaves no trace in ``.grad``.
 
     The parameters of the forward are gathered copies of these, so ``autograd.grad`` does not know them: only a backward leads here.
@@ -53,6 +53,7 @@ def sharded_gradient(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Par
         model: holds the sharded modules.
         loss: scalar with a graph.
         parameters: those wanted; no others may require gradients.
+        retain_graph: leave the graph for another backward.
 
     Returns:
         One DTensor (or tensor, where a parameter is not sharded) per parameter, zero where the loss does not depend on it.
@@ -62,7 +63,7 @@ def sharded_gradient(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Par
         for p in parameters:
             p.grad = None
         with _empty_and_reducing(model):
-            loss.backward()
+            loss.backward(retain_graph=retain_graph)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     finally:
         for p, grad in zip(parameters, before, strict=True):

@@ -193,7 +193,7 @@ class WindowedModule(L.LightningModule):
         terms = self.loss_terms(self._window, batch.micro_step)
         loss, values = total_loss(terms, scale)
         if self._term_norms.due(self.trainer.global_step):
-            self._term_norms.add(terms, scale, [p for p in self.parameters() if p.requires_grad])
+            self._term_norms.add(terms, scale, self)
         self._meter.add_terms(terms, values, loss)
         self._losses_finite = self._losses_finite and bool(torch.isfinite(loss))
         return loss

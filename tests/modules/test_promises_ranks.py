@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from aapa_lightning.shard_files import read_checkpoint
+
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 #: One optimiser step holds eight prompts (demonstrations): 1 x 1, 1 x 4 micro-steps and 2 ranks x 2 micro-steps share them.
@@ -54,7 +56,7 @@ def worker():
     return module
 
 
-def launch(jobs, file, ranks):
+def launch(jobs, file, ranks, strategy="ddp"):
     """Run jobs in processes of their own; returns the exit code and what they wrote."""
     file.write_text(json.dumps(jobs))
     command = [sys.executable, str(WORKER), str(file)]
@@ -62,6 +64,7 @@ def launch(jobs, file, ranks):
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     root = WORKER.parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    env |= {"AAPA_TEST_STRATEGY": strategy}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -78,8 +81,14 @@ def _run_job(folder, name, policy, *, ckpt=None, **extra):
     return job | ({"ckpt": str(ckpt)} if ckpt else {}) | extra
 
 
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def strategy(request):
+    """How two ranks share the model."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def first_launch(tmp_path_factory, tiny_model_dir):
+def first_launch(tmp_path_factory, tiny_model_dir, strategy):
     """Two ranks: every module, an uninterrupted run, poisoned steps, and at last a run that loses rank 1 in step 5."""
     folder, policy = tmp_path_factory.mktemp("ranks"), str(tiny_model_dir)
     jobs = [_job(key, folder, policy, accumulate=2) for key in EQUAL]
@@ -87,7 +96,7 @@ def first_launch(tmp_path_factory, tiny_model_dir):
     jobs.append({**_job("chord", folder, policy, steps=1), "out": str(folder / "clean")})
     jobs.append({**_job("chord", folder, policy, steps=2), "out": str(folder / "poisoned"), "poison": [1, 1]})
     jobs.append(_run_job(folder, "killed", policy, kill=[5, 1]))
-    code, output = launch(jobs, folder / "first.json", 2)
+    code, output = launch(jobs, folder / "first.json", 2, strategy)
     assert code != 0, output
     assert not (folder / "killed.out.rank0").exists()
     assert (folder / "poisoned.rank1").exists(), output[-5000:]
@@ -124,15 +133,16 @@ def test_ranks_skip_together(first_launch):
     assert clean["metrics"]["train/skipped_steps"] == 0.0
 
 
-def test_a_lost_rank_resumes_bit_for_bit(first_launch, worker, tiny_model_dir):
+def test_a_lost_rank_resumes_bit_for_bit(first_launch, worker, tiny_model_dir, strategy):
     """A killed rank takes the run down; both resume from the last checkpoint, inside a window."""
     folder, policy = first_launch, str(tiny_model_dir)
     last = folder / "killed" / "checkpoints" / "last.ckpt"
-    assert load(last)["global_step"] == 5
+    assert read_checkpoint(last)["global_step"] == 5
+    assert last.is_dir() == (strategy == "fsdp2")
     jobs = [_run_job(folder, "killed", policy, ckpt=last), _run_job(folder, "moved", policy, ckpt=folder / "one" / "step4.ckpt")]
     worker.run(_run_job(folder, "one", policy, trainer={"max_steps": 4}), 0, 1)
     (folder / "one" / "checkpoints" / "last.ckpt").rename(folder / "one" / "step4.ckpt")
-    code, output = launch(jobs, folder / "second.json", 2)
+    code, output = launch(jobs, folder / "second.json", 2, strategy)
     assert code == 0, output[-5000:]
     _assert_same_run(folder, "whole", "killed", ranks=2)
     # one process stopped at a window's border, two went on

@@ -51,7 +51,7 @@ def test_norms_are_those_of_separate_gradients_over_micro_steps(parameters) -> N
     norms = TermNorms(1)
     for _ in range(2):  # the second step starts anew
         for micro_step in range(3):
-            norms.add(terms_of(parameters, micro_step), 3.0, parameters)
+            norms.add(terms_of(parameters, micro_step), 3.0, nn.ParameterList(parameters))
         found = norms.compute(identity_sum)
         assert found == {f"grad_norm/{name}": pytest.approx(float(by_hand(parameters, name, range(3)).norm()), rel=1e-5) for name in "ab"}
     assert norms.compute(identity_sum) == {}
@@ -61,7 +61,7 @@ def test_ranks_add_up(parameters) -> None:
     """Two ranks with a micro-step each, scale 2, are one rank with two."""
     ranks = [TermNorms(1), TermNorms(1)]
     for rank, norms in enumerate(ranks):
-        norms.add(terms_of(parameters, rank), 2.0, parameters)
+        norms.add(terms_of(parameters, rank), 2.0, nn.ParameterList(parameters))
     sent: list[list[torch.Tensor]] = [[], []]
     for norms, values in zip(ranks, sent, strict=True):
         norms.compute(lambda value, values=values: values.append(value) or value)
@@ -72,7 +72,7 @@ def test_ranks_add_up(parameters) -> None:
         return sent[0][i] + sent[1][i]
 
     again = TermNorms(1)
-    again.add(terms_of(parameters, 0), 2.0, parameters)
+    again.add(terms_of(parameters, 0), 2.0, nn.ParameterList(parameters))
     expected = {f"grad_norm/{name}": pytest.approx(float(by_hand(parameters, name, range(2)).norm()), rel=1e-5) for name in "ab"}
     assert again.compute(sum_over_ranks) == expected
 
@@ -81,7 +81,7 @@ def test_terms_without_a_gradient_read_zero(parameters) -> None:
     norms = TermNorms(1)
     terms = terms_of(parameters, 0, weights=(0.0, 0.3))
     terms.append(LossTerm("c", LossOutputs(torch.ones(2, 3)), MASK, COUNTS))
-    norms.add(terms, 1.0, parameters)
+    norms.add(terms, 1.0, nn.ParameterList(parameters))
     found = norms.compute(identity_sum)
     assert (found["grad_norm/a"], found["grad_norm/c"]) == (0.0, 0.0)
     assert found["grad_norm/b"] > 0
@@ -91,7 +91,7 @@ def test_grad_and_graph_are_left_alone(parameters) -> None:
     parameters[0].grad = kept = torch.ones(2, 3)
     terms = terms_of(parameters, 1)
     expected = torch.autograd.grad(sum(term.reduce(1.0) for term in terms), parameters[:2], retain_graph=True)
-    TermNorms(1).add(terms, 1.0, parameters)
+    TermNorms(1).add(terms, 1.0, nn.ParameterList(parameters))
     assert parameters[0].grad is kept
     assert torch.equal(kept, torch.ones(2, 3))
     assert parameters[1].grad is parameters[2].grad is None
