@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aapa_lightning.anchor.bank_build import INDEX, ROWS, STAMP, build_parts, join_shards
+from aapa_lightning.anchor.bank_build import INDEX, OFFSETS, ROWS, STAMP, build_parts, join_shards
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter
@@ -42,10 +43,8 @@ class ExpertBank:
             raise ConfigError(f"no expert bank at {str(folder)!r}: expected a folder with {STAMP}; build one with `aapa bank build`")
         stamp = read_json(self.folder / STAMP)
         self._rows, self._index = _open(self.folder / ROWS), _open(self.folder / INDEX)
-        self._offsets = [0]
-        for i in range(self._rows.num_record_batches):
-            self._offsets.append(self._offsets[-1] + self._rows.get_batch(i).num_rows)
         try:
+            self._offsets = _offsets(self._rows, self._index)
             self.fingerprint: str = stamp["fingerprint"]
             self.cross_fitted: bool = stamp["cross_fitted"]
             index = self._index.get_batch(0)
@@ -163,6 +162,19 @@ def _segmenter_for(discriminator: Discriminator, segmenter: Segmenter | None) ->
     if discriminator.whole_response:
         return Segmenter(whole_response=True)
     return segmenter or getattr(discriminator, "segmenter", None) or Segmenter()
+
+
+def _offsets(rows: pyarrow.RecordBatchFileReader, index: pyarrow.RecordBatchFileReader) -> list[int]:
+    """First row of each batch, and the number of rows."""
+    import numpy as np
+
+    kept = (index.schema.metadata or {}).get(OFFSETS)
+    if kept is not None:
+        found: list[int] = np.frombuffer(kept, dtype=np.int64).tolist()
+        return found
+    # a bank of an earlier version
+    sizes = [rows.get_batch(i).num_rows for i in range(rows.num_record_batches)]
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 def _open(path: Path) -> pyarrow.RecordBatchFileReader:

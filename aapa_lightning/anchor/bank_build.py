@@ -26,6 +26,8 @@ from aapa_lightning.files import write_json
 from aapa_lightning.types import Record
 
 ROWS, INDEX, STAMP, _NOTE = "experts.arrow", "index.arrow", "bank.json", "build.json"
+#: First row of each batch, in the index's metadata.
+OFFSETS = b"offsets"
 #: Batches of a part: what a killed build scores again at most.
 PART_BATCHES = 16
 Row = dict[str, Any]
@@ -251,18 +253,22 @@ def stream(folder: Path, parts: Sequence[Path]) -> int:
     import pyarrow as pa
 
     prefixes: list[Any] = [np.empty(0, dtype=np.int64)]
+    sizes = [0]
     with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
         for part in parts:
             with _opened(part) as source:
                 for i in range(source.num_record_batches):
                     batch = source.get_batch(i)
                     writer.write_batch(batch)
+                    sizes.append(batch.num_rows)
                     keys = batch.column("prompt_hash").to_pylist()
                     prefixes.append(np.array([int(key[:15], 16) for key in keys], dtype=np.int64))
                 del batch, source
     prefix = np.concatenate(prefixes)
     order = np.argsort(prefix, kind="stable").astype(np.int64)
-    index = pa.record_batch([pa.array(prefix[order]), pa.array(order)], names=["prefix", "row"])
+    # kept beside the index, so that opening a bank reads none of its rows
+    metadata = {OFFSETS: np.cumsum(sizes, dtype=np.int64).tobytes()}
+    index = pa.record_batch([pa.array(prefix[order]), pa.array(order)], names=["prefix", "row"]).replace_schema_metadata(metadata)
     with pa.OSFile(str(folder / INDEX), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
         writer.write_batch(index)
     return len(prefix)

@@ -78,6 +78,18 @@ def test_opens_again_and_checks_the_discriminator(bank):
         ExpertBank(bank.folder, "other")
 
 
+def test_a_bank_of_an_earlier_version_opens(bank):
+    import pyarrow as pa
+
+    with pa.OSFile(str(bank.folder / "index.arrow"), "rb") as source:
+        index = pa.ipc.open_file(source).read_all().replace_schema_metadata(None).to_batches()[0]
+    with pa.OSFile(str(bank.folder / "index.arrow"), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
+        writer.write_batch(index)
+    again = ExpertBank(bank.folder)
+    assert len(again) == 11
+    assert again.experts(record(9)) == ["One 9. Two."]
+
+
 def test_thinking_and_whole_responses(tmp_path):
     records = [record(0, "<think>A. B.</think>C d. E.")]
     judge = CountingJudge()
