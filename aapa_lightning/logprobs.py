@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.lm_head import HeadScorer, causal_model, seen, set_logprob_backend, streaming_backend
-from aapa_lightning.packing import pack, padded_inputs, set_packing
+from aapa_lightning.model_inputs import padded_inputs
+from aapa_lightning.packing import pack, set_packing
 from aapa_lightning.prefix import Prefixes, sharing_pays
 from aapa_lightning.token_logprobs import token_logprobs
 

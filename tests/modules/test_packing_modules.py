@@ -20,8 +20,8 @@ MODES = ("ddp", "fsdp", "reshard", "head", "half")
 def packed_batches(monkeypatch):
     """Shapes ``[B, S]`` of the batches that were packed."""
     shapes = []
-    inputs = packing._inputs
-    monkeypatch.setattr(packing, "_inputs", lambda inner, ids, *rest: shapes.append(tuple(ids.shape)) or inputs(inner, ids, *rest))
+    inputs = packing.packed_inputs
+    monkeypatch.setattr(packing, "packed_inputs", lambda inner, ids, *rest: shapes.append(tuple(ids.shape)) or inputs(inner, ids, *rest))
     return shapes
 
 

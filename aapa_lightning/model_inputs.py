@@ -1,0 +1,51 @@
+"""What a causal language model is called with, for rows side by side and for rows behind each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aapa_lightning.lm_head import causal_model, text_config
+
+
+def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> dict[str, Any]:
+    """What a model is called with for rows side by side.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        input_ids: int64 ``[N, T]``.
+        attention_mask: bool ``[N, T]``.
+        keep: logits of the last ``keep`` positions only.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    # Models without absolute or rotary positions (ALiBi, state space) have no such argument.
+    if "position_ids" in inspect.signature(causal_model(model).forward).parameters:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return inputs if keep is None else inputs | {"logits_to_keep": keep}
+
+
+def packed_inputs(inner: Any, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """What a model is called with for rows behind each other. No mask: it follows from the positions.
+
+    Args:
+        inner: the causal language model itself.
+        input_ids: int64 ``[B, S]``.
+        position_ids: int64 ``[B, S]``, 0 at the first token of every row.
+        lengths: of the rows, in order.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    kinds = [parameter.kind for parameter in inspect.signature(inner.forward).parameters.values()]
+    if uses_flash(inner) and inspect.Parameter.VAR_KEYWORD in kinds:
+        # Said once; else every layer reads the bounds of the rows off the positions, and waits for the device.
+        ends = torch.tensor([0, *lengths], device=input_ids.device).cumsum(0, dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return inputs
+
+
+def uses_flash(inner: Any) -> bool:
+    """Whether a model computes with a flash attention, whose variable-length kernels take one long row."""
+    return "flash" in str(getattr(text_config(inner), "_attn_implementation", None))
