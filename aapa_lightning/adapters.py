@@ -49,7 +49,8 @@ class LoraSpec:
         dropout: on the adapters' input, in training. Above 0 it needs ``policy.disable_dropout: false``, and with several updates per
             window the ratio of the first is then not exactly 1.
         target_modules: names (ends of names) of the layers, a regular expression, or ``all-linear`` for every linear layer but the head.
-        modules_to_save: layers trained whole, in a float32 copy; with the adapters off the original answers.
+        modules_to_save: ends of names of layers trained whole, in a float32 copy; with the adapters off the original answers. ``norm`` is
+            every norm whose name ends so.
         rslora: rank-stabilised scaling.
         dora: also learn the magnitude of each output (DoRA).
         options: further arguments of ``peft.LoraConfig``, of those in ``OPTIONS``.
@@ -125,12 +126,11 @@ def put_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> Any:
             adapted = peft.get_peft_model(model, peft.LoraConfig(**arguments))
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:  # their ways to refuse an argument
             raise ConfigError(f"policy.lora: peft cannot adapt {type(model).__name__}: {in_one_line(error)}") from error
-    whole = {path.rsplit(".", 1)[-1] for path, inner in wrapped_layers(adapted).items() if inner == "original_module"}
-    if missing := [name for name in spec.modules_to_save or () if name.rsplit(".", 1)[-1] not in whole]:
+    whole = [path for path, inner in wrapped_layers(adapted).items() if inner == "original_module"]
+    if missing := [name for name in spec.modules_to_save or () if not any(path.endswith(name) for path in whole)]:
         raise ConfigError(f"policy.lora.modules_to_save: {type(model).__name__} has no layer {', '.join(missing)}")
-    for path, inner in wrapped_layers(adapted).items():
-        if inner == "original_module":
-            _train_in_float32(adapted.get_base_model().get_submodule(path))
+    for path in whole:
+        _train_in_float32(adapted.get_base_model().get_submodule(path))
     adapted.aapa_base = base
     return adapted
 
