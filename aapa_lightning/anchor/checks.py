@@ -70,13 +70,15 @@ def check_finite(logits: Tensor, spans: SentenceSpans, rollouts: Rollouts) -> No
 
 def mean_expert_logits(bank: Bank, records: Sequence[Record]) -> Tensor:
     """Mean expert logit of each record's prompt, float32 ``[N]``. Raises DataError naming the first record that the bank lacks."""
-    means = []
+    means: dict[int, Tensor] = {}  # of each record once: a group shares its own
     for record in records:
+        if id(record) in means:
+            continue
         logits = bank.expert_logits(record)
         if logits is None or logits.numel() == 0:
             raise DataError(
                 f"{record.source}: expected expert logits of this prompt in the bank, found none; transform=bt_gap compares every sentence "
                 "with them. Build the bank from the records that are trained on, with an expert response each"
             )
-        means.append(logits.float().mean())
-    return torch.stack(means) if means else torch.zeros(0)
+        means[id(record)] = logits.float().mean()
+    return torch.stack([means[id(record)] for record in records]) if means else torch.zeros(0)

@@ -18,6 +18,7 @@ from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder, hash_tensors
 from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen, sentence_features
+from aapa_lightning.anchor.reference_cache import ReferenceCache
 from aapa_lightning.anchor.segment import SEGMENTER_VERSION, Segmenter, segment_texts
 from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
@@ -88,6 +89,7 @@ class EncoderHeadDiscriminator(Discriminator):
         self.head = head.eval().requires_grad_(False)
         self.metrics = dict(metrics or {})
         self.needs_experts = "reference" in features
+        self.references = ReferenceCache(encoder, self.segmenter)
 
     @property
     def cross_fitted(self) -> bool:
@@ -127,7 +129,7 @@ class EncoderHeadDiscriminator(Discriminator):
         reference_of: list[int] = []
         if self.needs_experts:
             chosen = [(record, pick_reference(text, record, strict=strict)) for text, record in zip(responses, records, strict=True)]
-            references, reference_of = embed_references(self.encoder, self.segmenter, chosen)
+            references, reference_of = self.references(chosen)
         features = sentence_features(self.features, embedded, references, reference_of)
         return fill_unseen(self.head(features), embedded, self.head.floor)
 
