@@ -97,8 +97,8 @@ class VLLMServerEngine(RolloutEngine):
         tokenizer: its tokenizer.
         eos_ids: every id that ends a response.
         url: ``http://host:port``.
-        folder: where weights are written, one subfolder of the model's size at a time; None for a server that holds the policy's weights
-            already, which suits evaluation and refuses training.
+        folder: where weights are written until they are loaded, the model's size at a time; None for a server that holds the policy's
+            weights already, which suits evaluation and refuses training.
         folder_on_server: the same folder as the server sees it, where that differs.
         dtype: of the written weights; the server's own.
         served_model: the name that it serves, when not the first.
@@ -113,6 +113,8 @@ class VLLMServerEngine(RolloutEngine):
     Raises:
         ConfigError: an option is illegal.
     """
+
+    own_weights = True
 
     def __init__(
         self,
@@ -152,7 +154,6 @@ class VLLMServerEngine(RolloutEngine):
         self._weights = weights
         self._step: int | None = None
         self._version: str | None = None
-        self._written: Path | None = None
         self._context: int | None = None
         self._greeted = False
 
@@ -198,11 +199,11 @@ class VLLMServerEngine(RolloutEngine):
         yield from self._weights(self.model)
 
     def _load(self, weights: Iterator[tuple[str, Tensor]], folder: Path, version: str) -> None:
-        write_weights(weights, folder, self.dtype)
-        old, self._written = self._written, folder
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-        self.server.load(f"{self.folder_on_server or folder.parent}/{folder.name}", version)
+        try:
+            write_weights(weights, folder, self.dtype)
+            self.server.load(f"{self.folder_on_server or folder.parent}/{folder.name}", version)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _greet(self) -> None:
         """Look at a server once before it is used."""
@@ -275,8 +276,6 @@ class VLLMServerEngine(RolloutEngine):
             )
 
     def close(self) -> None:
-        """Remove the folder of weights; the server goes on with what it holds."""
-        if self._written is not None:
-            shutil.rmtree(self._written, ignore_errors=True)
-        self._step = self._version = self._written = None
+        """Forget what the server holds; it goes on with it."""
+        self._step = self._version = None
         self._greeted = False

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from aapa_lightning.errors import AapaError, ConfigError, DataError
 from aapa_lightning.logprobs import response_logprobs
@@ -115,9 +114,8 @@ def test_weights_are_given_once_a_step_in_order(connect, vllm_server, model, req
     assert [path.endswith(f"step-{step}") for (path, *_), step in zip(server.loaded, (5, 6), strict=True)] == [True, True]
     assert all(torch.equal(server.loaded[1][1][name], value) for name, value in model.named_parameters())
     assert [missing for *_, missing in server.loaded] == [["lm_head.weight"]] * 2  # tied
-    assert [folder.name for folder in (tmp_path / "w").iterdir()] == [server.version]  # the older is gone
+    assert not list((tmp_path / "w").iterdir())  # what is loaded is removed
     engine.close()
-    assert not list((tmp_path / "w").iterdir())
     engine.sync(6)  # a run after the run: the weights may have been loaded from a checkpoint
     assert len(server.loaded) == 3
 
@@ -156,13 +154,14 @@ def test_a_server_that_dies_ends_the_run_with_advice(connect, vllm_server, reque
             act()
 
 
-def test_a_push_that_fails_leaves_the_server_paused_and_says_where(connect, vllm_server, requests):
+def test_a_push_that_fails_leaves_the_server_paused_and_says_where(connect, vllm_server, requests, tmp_path):
     server = vllm_server()
     engine = connect(server)
     server.failures["/collective_rpc"] = [500] * 3
     with pytest.raises(ConfigError, match=r"could not load the weights in .*step-7 \(does it see that folder\?\)"):
         engine.sync(7)
     assert server.paused
+    assert not list((tmp_path / "w").iterdir())
     with pytest.raises(RuntimeError, match="sync was not called"):
         engine.generate(requests, PARAMS, seed=0, window=0)
     engine.sync(7)
@@ -288,12 +287,3 @@ def test_options_that_are_illegal(connect, vllm_server):
         connect(server, concurrency=0)
     with pytest.raises(ConfigError, match=r"engine\.url: expected http://host:port"):
         connect(type("S", (), {"url": "localhost:8000"}))
-
-
-def test_the_written_files_can_be_read_while_the_policy_trains(connect, vllm_server, model, tmp_path):
-    engine = connect(vllm_server())
-    engine.sync(0)
-    before = model.model.norm.weight.detach().clone()
-    move(model)
-    (file,) = (tmp_path / "w").glob("*/*.safetensors")
-    assert torch.equal(load_file(file)["model.norm.weight"], before)
