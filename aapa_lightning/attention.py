@@ -34,7 +34,7 @@ class _Flash:
 
 #: Newest first.
 _FLASH = {
-    "flash_attention_4": _Flash("flash-attn-4", range(9, 12), "pip install --pre flash-attn-4", plain=True),
+    "flash_attention_4": _Flash("flash-attn-4", range(9, 12), "pip install 'aapa-lightning[flash]'", plain=True),
     "flash_attention_3": _Flash("flash-attn-3", range(9, 10), "build it from the folder hopper of Dao-AILab/flash-attention", plain=True),
     "flash_attention_2": _Flash("flash-attn", range(8, 13), "pip install flash-attn --no-build-isolation", plain=False),
 }

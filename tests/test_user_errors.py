@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -252,9 +253,9 @@ def test_a_policy_that_cannot_be_loaded(words, parts, refused):
 
 
 def test_a_missing_package_names_its_extra(refused, monkeypatch):
-    monkeypatch.setattr("aapa_lightning.policy.find_spec", lambda name: None)
-    words = ["grpo", "--model.policy.attn_implementation=flash_attention_2"]
-    refused(words, "expected the package flash-attn, found none", "pip install 'aapa-lightning[flash]'", "use auto or sdpa")
+    monkeypatch.setattr("aapa_lightning.attention.distribution", lambda name: distribution("no-such-package"))
+    words = ["grpo", "--model.policy.attn_implementation=flash_attention_4"]
+    refused(words, "expected the package flash-attn-4, found none", "pip install 'aapa-lightning[flash]'", "use auto or sdpa")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

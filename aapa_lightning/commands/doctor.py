@@ -14,7 +14,8 @@ PACKAGES = ("aapa-lightning", "torch", "lightning", "transformers", "jsonargpars
 OPTIONAL = {
     "tensorboard": "a second log: pip install 'aapa-lightning[tensorboard]'",
     "peft": "adapters on a policy that your own code loads: pip install 'aapa-lightning[peft]'",
-    "flash-attn": "faster attention on a GPU: pip install 'aapa-lightning[flash]'",
+    "flash-attn-4": "faster attention on Hopper and Blackwell: pip install 'aapa-lightning[flash]'",
+    "flash-attn": "faster attention on other GPUs, compiled for hours: pip install flash-attn --no-build-isolation",
     "vllm": "for a rollout engine of your own: pip install 'aapa-lightning[vllm]'",
 }
 
