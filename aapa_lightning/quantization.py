@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aapa_lightning.errors import MissingDependencyError, choose
+from aapa_lightning.errors import ConfigError, MissingDependencyError, choose
 
 #: Names of the quantisations, and the switch of ``transformers.BitsAndBytesConfig`` that each stands for.
 QUANTIZATIONS = {"none": None, "nf4": "load_in_4bit", "int8": "load_in_8bit"}
@@ -26,7 +26,7 @@ def quantization_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
         dtype: of the weights that are not quantised.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or no GPU.
         MissingDependencyError: a package is not installed.
     """
     switch = choose(QUANTIZATIONS, name, "policy.quantization")
@@ -46,9 +46,16 @@ def quantization_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": compute_dtype(dtype),
         }
-    # a rank loads onto its own GPU: bitsandbytes quantises there, and what is quantised cannot be moved between devices at will
-    device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
-    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": device}
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": _device(name)}}
+
+
+def _device(name: str) -> int | str:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"policy.quantization={name}: expected a CUDA GPU, found none (on a CPU bitsandbytes packs weights anew for evaluation, and "
+            "then computes something else than in training); leave quantization out"
+        )
+    return torch.cuda.current_device()  # a rank loads onto its own: what is quantised there cannot be moved at will
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

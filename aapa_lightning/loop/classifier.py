@@ -26,8 +26,10 @@ def load_classifier(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedMo
         precision: the trainer's; mixed ones let flash attention serve float32 weights.
 
     Raises:
-        ConfigError: nothing to load, no such classifier, several outputs, body weights missing, or a vocabulary that lacks tokens.
+        ConfigError: nothing to load, lora, no such classifier, several outputs, body weights missing, or a vocabulary that lacks tokens.
     """
+    if spec.lora is not None or spec.quantization != "none":
+        raise ConfigError("base: a reward model is trained whole; leave lora and quantization out of base")
     tokenizer = _load_tokenizer(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)

@@ -215,8 +215,10 @@ class PolicyModule(WindowedModule, InferenceModule):
     def describe(self) -> dict[str, Any]:
         """The policy's configuration and tokenizer, and what its adapters lie on."""
         generation = getattr(self.model, "generation_config", None)
+        config = self.model.config.to_dict()
+        config.pop("quantization_config", None)  # no primitives, and adapters say themselves what they lie on
         policy = {
-            "config": self.model.config.to_dict(),
+            "config": config,
             "generation_config": generation.to_dict() if generation is not None else {},
             "tokenizer": self.tokenizer.name_or_path or self.policy.tokenizer or self.policy.model,
             **describe_adapters(self.model, self.policy),
