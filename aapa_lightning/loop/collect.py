@@ -56,6 +56,7 @@ def collect(
     requests: Sequence[RolloutRequest],
     *,
     engine: RolloutEngine,
+    drawn: Rollouts | None = None,
     sampling: SamplingParams,
     seed: int,
     window: int,
@@ -72,6 +73,7 @@ def collect(
     Args:
         requests: the rank's prompts.
         engine: draws the responses.
+        drawn: the responses, where they were drawn before; else None.
         sampling: how.
         seed: seed of the run.
         window: number of the window.
@@ -94,7 +96,7 @@ def collect(
     if sampling.top_p < 1 or sampling.top_k > 0:
         warnings.warn(BIASED_SAMPLING, stacklevel=2)
     with torch.no_grad():
-        rollouts = engine.generate(requests, sampling, seed=seed, window=window)
+        rollouts = drawn if drawn is not None else engine.generate(requests, sampling, seed=seed, window=window)
         old, reference = rescore(rollouts)
         # casts of weights made here must not serve the loss under the same autocast: its gradient would end at them (pytorch#112583)
         torch.clear_autocast_cache()

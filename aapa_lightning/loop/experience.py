@@ -82,15 +82,24 @@ def slice_rollouts(rollouts: Rollouts, rows: slice) -> Rollouts:
 
 def experience_state(experience: Experience) -> dict[str, Any]:
     """Tensors (on the CPU) and primitives that a checkpoint may hold; records are left out, the plan finds them again."""
-    rollouts = {f.name: getattr(experience.rollouts, f.name) for f in fields(Rollouts) if f.name != "records"}
     own = {f.name: getattr(experience, f.name) for f in fields(Experience) if f.name != "rollouts"}
-    return {"rollouts": _to(rollouts, "cpu"), **_to(own, "cpu")}
+    return {"rollouts": rollouts_state(experience.rollouts), **_to(own, "cpu")}
 
 
 def restore_experience(state: dict[str, Any], records: Sequence[Record], device: torch.device | str) -> Experience:
     """The inverse of ``experience_state``, with the rows' records."""
     own = {name: value for name, value in state.items() if name != "rollouts"}
-    return Experience(rollouts=Rollouts(records=list(records), **_to(state["rollouts"], device)), **_to(own, device))
+    return Experience(rollouts=restore_rollouts(state["rollouts"], records, device), **_to(own, device))
+
+
+def rollouts_state(rollouts: Rollouts) -> dict[str, Any]:
+    """Tensors (on the CPU) and primitives that a checkpoint may hold, without the records."""
+    return _to({f.name: getattr(rollouts, f.name) for f in fields(Rollouts) if f.name != "records"}, "cpu")
+
+
+def restore_rollouts(state: dict[str, Any], records: Sequence[Record], device: torch.device | str) -> Rollouts:
+    """The inverse of ``rollouts_state``, with the rows' records."""
+    return Rollouts(records=list(records), **_to(state, device))
 
 
 def _to(values: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, open_window, policy_inputs, restore_window, rollout_requests
-from aapa_lightning.modules.inference import InferenceModule
-from aapa_lightning.modules.windowed import OptimizerFactory, Records, SchedulerFactory, WindowedModule, default_optimizer
+from aapa_lightning.modules.ahead import DrawsAhead
+from aapa_lightning.modules.windowed import OptimizerFactory, Records, SchedulerFactory, default_optimizer
 from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.policy import PolicySpec
@@ -33,7 +33,7 @@ from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
 __all__ = ["OptimizerFactory", "PolicyModule", "Records", "SchedulerFactory", "default_optimizer"]
 
 
-class PolicyModule(WindowedModule, InferenceModule):
+class PolicyModule(DrawsAhead):
     """A policy in training. A subclass says what a window holds (``make_plan``) and what its loss is (``loss_terms``).
 
     Args:
@@ -43,6 +43,8 @@ class PolicyModule(WindowedModule, InferenceModule):
         max_skipped_steps: steps in a row that may be skipped for a loss or gradient that is not finite.
         term_norms_every: optimiser steps between those that log the gradient norm of every term; 0 for never. See ``WindowedModule``.
         correction: weights for the difference between trainer and engine, for engines that compute with other kernels or older weights.
+        asynchronous: draw the rollouts of the next window while this one is scored and trained on. They come from the policy as it was when
+            this window opened: one window old. Needs an engine with weights of its own, and a correction. False stays exactly on policy.
         **kwargs: see ``InferenceModule``.
     """
 
@@ -60,6 +62,7 @@ class PolicyModule(WindowedModule, InferenceModule):
         max_skipped_steps: int = 10,
         term_norms_every: int = 0,
         correction: CorrectionOptions | None = None,
+        asynchronous: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -68,9 +71,10 @@ class PolicyModule(WindowedModule, InferenceModule):
             lr_scheduler=lr_scheduler,
             max_skipped_steps=max_skipped_steps,
             term_norms_every=term_norms_every,
+            correction=correction,
+            asynchronous=asynchronous,
             **kwargs,
         )
-        self.correction = correction
         self.anchor: AnchorTerm | None = None
 
     def advantage_options(self) -> AdvantageOptions:
@@ -95,6 +99,7 @@ class PolicyModule(WindowedModule, InferenceModule):
         """
         trainer = self.trainer
         plan = self.make_plan(trainer.accumulate_grad_batches, trainer.world_size)
+        self.check_asynchronous()
         prompts = splits["train"]
         prompts, demonstrations = self.training_records(plan, prompts, splits.get("demonstrations", prompts))
         if self.anchor is not None:
@@ -138,10 +143,14 @@ class PolicyModule(WindowedModule, InferenceModule):
         return [self.encode(record) for _, record in step.demonstrations]
 
     def _collect(self, step: WindowStep, plan: WindowPlan) -> Experience:
-        self.engine.sync(self.global_step)
+        requests = rollout_requests(self.tokenizer, step, self.prompt_format, plan)
+        drawn = self.drawn_ahead(step, plan, requests)
+        if drawn is None:
+            self.engine.sync(self.global_step)
         return collect(
-            rollout_requests(self.tokenizer, step, self.prompt_format, plan),
+            requests,
             engine=self.engine,
+            drawn=drawn,
             sampling=self.sampling,
             seed=self.seed,
             window=step.window,

@@ -57,6 +57,9 @@ class RolloutRequest:
 class RolloutEngine(Protocol):
     """Draws responses from the policy. An engine of your own subclasses this, and need only write ``generate``."""
 
+    #: Whether ``generate`` uses the weights of the last ``sync``, so that it may run while the policy is trained.
+    own_weights: bool = False
+
     @abstractmethod
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
         """Draw ``samples`` responses for each request, rows in request order, samples of a request adjacent.

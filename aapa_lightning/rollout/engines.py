@@ -9,9 +9,10 @@ from aapa_lightning.rollout.base import EngineFactory, RolloutEngine
 from aapa_lightning.rollout.continuous_engine import ContinuousEngine
 from aapa_lightning.rollout.decoding import can_decode
 from aapa_lightning.rollout.generate_engine import GenerateEngine
+from aapa_lightning.rollout.replica import ReplicaEngine
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
 
-EngineName = Literal["auto", "transformers", "generate", "static", "continuous", "vllm"]
+EngineName = Literal["auto", "transformers", "generate", "static", "continuous", "replica", "vllm"]
 
 
 def _auto(model: Any, *args: Any, **kwargs: Any) -> RolloutEngine:
@@ -36,6 +37,7 @@ ENGINES: dict[EngineName, Callable[..., RolloutEngine]] = {
     "generate": GenerateEngine,
     "static": _static,
     "continuous": ContinuousEngine,
+    "replica": ReplicaEngine,
     "vllm": _vllm,
 }
 

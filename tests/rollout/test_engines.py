@@ -5,7 +5,7 @@ import torch
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import response_logprobs
-from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
+from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.continuous_engine import ContinuousEngine
 from aapa_lightning.rollout.engines import ENGINES, build_engine
 from aapa_lightning.rollout.generate_engine import GenerateEngine
@@ -35,6 +35,12 @@ def requests(tiny_tokenizer):
     return [RolloutRequest(tiny_tokenizer(prompt)["input_ids"], Record(prompt), slot, 3) for slot, prompt in enumerate(prompts)]
 
 
+def ready(name, *args) -> RolloutEngine:
+    engine = build_engine(name, *args)
+    engine.sync(0)
+    return engine
+
+
 def responses(rollouts: Rollouts) -> list[tuple]:
     rows = zip(rollouts.response_ids.tolist(), rollouts.lengths.tolist(), strict=True)
     return [(ids[:length], cut) for (ids, length), cut in zip(rows, rollouts.truncated.tolist(), strict=True)]
@@ -51,7 +57,7 @@ def test_every_engine_writes_the_same_at_temperature_zero(name, model, tiny_toke
     expected = GenerateEngine(model, tiny_tokenizer, eos_ids).generate(requests, GREEDY, seed=0, window=0)
     assert len({tuple(ids) for ids, _ in responses(expected)}) == 5
     state = torch.get_rng_state()
-    found = build_engine(name, model, tiny_tokenizer, eos_ids).generate(requests, GREEDY, seed=0, window=0)
+    found = ready(name, model, tiny_tokenizer, eos_ids).generate(requests, GREEDY, seed=0, window=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert responses(found) == responses(expected)
     assert found.texts == expected.texts
@@ -62,7 +68,7 @@ def test_every_engine_writes_the_same_at_temperature_zero(name, model, tiny_toke
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_log_probs_are_the_trainers_at_the_temperature(name, model, tiny_tokenizer, eos_ids, requests) -> None:
     params = SamplingParams(max_new_tokens=8, temperature=0.7)
-    rollouts = build_engine(name, model, tiny_tokenizer, eos_ids).generate(requests, params, seed=0, window=0)
+    rollouts = ready(name, model, tiny_tokenizer, eos_ids).generate(requests, params, seed=0, window=0)
     assert len(set(rollouts.lengths.tolist())) > 2
     ended = torch.isin(rollouts.response_ids[torch.arange(15), rollouts.lengths - 1], torch.tensor(eos_ids))
     assert torch.equal(rollouts.truncated, ~ended)
@@ -75,7 +81,7 @@ def test_engines_with_row_keyed_noise_draw_the_same(name, stop, model, tiny_toke
     params = SamplingParams(max_new_tokens=12, temperature=1.1, stop=stop)
     expected = GenerateEngine(model, tiny_tokenizer, eos_ids).generate(requests, params, seed=3, window=2)
     for rows in (None, 4):
-        engine = build_engine(name, model, tiny_tokenizer, eos_ids, rows)
+        engine = ready(name, model, tiny_tokenizer, eos_ids, rows)
         assert responses(engine.generate(requests, params, seed=3, window=2)) == responses(expected)
 
 

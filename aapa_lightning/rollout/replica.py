@@ -1,0 +1,64 @@
+"""An engine with a copy of the policy, which may draw while the policy is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
+from aapa_lightning.rollout.lockstep import is_sharded
+from aapa_lightning.rollout.transformers_engine import TransformersEngine
+from aapa_lightning.types import Rollouts
+
+
+class ReplicaEngine(RolloutEngine):
+    """Generates as ``TransformersEngine`` does, with a copy of the model that ``sync`` brings up to date.
+
+    For asynchronous rollouts without a server: it takes the memory of the weights once more. Log-probs are those of the weights at the
+    last ``sync``.
+
+    Args:
+        model: the policy; whole on this rank.
+        tokenizer: its tokenizer.
+        eos_ids: every id that ends a response.
+        max_rows: rows generated at once; None for all.
+    """
+
+    own_weights = True
+
+    def __init__(self, model: Any, tokenizer: Any, eos_ids: Sequence[int], *, max_rows: int | None = None) -> None:
+        self._source, self._tokenizer, self._eos_ids, self._max_rows = model, tokenizer, eos_ids, max_rows
+        self._engine: TransformersEngine | None = None
+        self._step: int | None = None
+
+    @torch.no_grad()
+    def sync(self, step: int) -> None:
+        """Copy the policy's weights.
+
+        Raises:
+            ConfigError: they lie in shards.
+        """
+        if is_sharded(self._source):
+            raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
+        if self._engine is None:
+            # made here and not at the start, when the policy was not yet on its device
+            model = copy.deepcopy(self._source).eval().requires_grad_(False)
+            self._engine = TransformersEngine(model, self._tokenizer, self._eos_ids, max_rows=self._max_rows)
+        elif step != self._step:
+            for mine, current in zip(self._engine.model.parameters(), self._source.parameters(), strict=True):
+                mine.copy_(current)
+        self._step = step
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
+        """Draw responses; see ``RolloutEngine.generate``."""
+        if self._engine is None:
+            raise RuntimeError("generate before the first sync")
+        return self._engine.generate(requests, params, seed=seed, window=window)
+
+    def close(self) -> None:
+        """Drop the copy."""
+        self._engine = None

@@ -1,0 +1,114 @@
+"""Rollouts that are drawn one window ahead: how old they are, what corrects for it, and that a run can be left and taken up anywhere."""
+
+import threading
+
+import pytest
+import torch
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.objectives.correction import CorrectionOptions
+from aapa_lightning.rollout.replica import ReplicaEngine
+
+TRUNCATE = CorrectionOptions(mode="truncate")
+
+
+class Watched(ReplicaEngine):
+    """Remembers which weights drew which window, and on which thread."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.drawn: list[tuple[int, int, bool]] = []
+        self.fail_at = -1
+
+    def generate(self, requests, params, *, seed, window):
+        self.drawn.append((window, self._step, threading.current_thread() is threading.main_thread()))
+        if window == self.fail_at:
+            raise RuntimeError("the engine broke")
+        return super().generate(requests, params, seed=seed, window=window)
+
+
+def asynchronous(kit, spec, name="grpo", **options):
+    return kit.make_module(name, spec, asynchronous=True, correction=TRUNCATE, **({"engine": "replica"} | options))
+
+
+def test_a_replica_draws_what_the_policy_draws(kit, spec) -> None:
+    plain = kit.fit(kit.make_module("grpo", spec), kit.make_trainer(5))
+    copied = kit.fit(kit.make_module("grpo", spec, engine="replica"), kit.make_trainer(5))
+    torch.testing.assert_close(kit.weights(copied), kit.weights(plain), rtol=0, atol=0)
+
+
+def test_every_window_but_the_first_is_drawn_in_the_background_by_weights_one_window_old(kit, spec) -> None:
+    module = asynchronous(kit, spec, minibatches=2, engine=Watched)  # two optimiser steps a window
+    engines = []
+    rows = kit.Rows()
+
+    class Keep(kit.L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            engines.append(pl_module.engine)
+
+    kit.fit(module, kit.make_trainer(8, callbacks=[Keep()], logger=rows))
+    assert engines[0].drawn == [(0, 0, True), (1, 0, False), (2, 2, False), (3, 4, False), (4, 6, False)]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
+    drift = [abs(row["train/policy/engine_kl"]) for _, row in rows.rows if "train/policy/engine_kl" in row]
+    assert max(drift[:2]) < 1e-6
+    assert min(drift[2:]) > 1e-6  # the policy has moved on
+
+
+def test_asynchronous_and_on_policy_runs_part_after_the_first_window(kit, spec) -> None:
+    plain = kit.weights(kit.fit(kit.make_module("grpo", spec, correction=TRUNCATE), kit.make_trainer(1)))
+    ahead = kit.weights(kit.fit(asynchronous(kit, spec), kit.make_trainer(1)))
+    # a copy of the weights lies elsewhere in memory, and products round by alignment
+    torch.testing.assert_close(ahead, plain, rtol=1e-4, atol=1e-5)
+    plain = kit.weights(kit.fit(kit.make_module("grpo", spec, correction=TRUNCATE), kit.make_trainer(3)))
+    ahead = kit.weights(kit.fit(asynchronous(kit, spec), kit.make_trainer(3)))
+    assert max(float((plain[name] - ahead[name]).abs().max()) for name in plain) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "accumulate"),
+    [("grpo", {"minibatches": 2, "updates_per_window": 2}, 2), ("grpo", {}, 1), ("uniapl", {}, 1)],
+    ids=["windows of steps", "one update", "uniapl"],
+)
+def test_resume_from_every_step_and_from_inside_an_accumulation(kit, spec, tmp_path, name, options, accumulate) -> None:
+    def run(folder, ckpt=None):
+        rows = kit.Rows()
+        trainer = kit.make_trainer(6, accumulate=accumulate, callbacks=[kit.SaveAt(folder, batches=(3, 5, 9))], logger=rows)
+        module = kit.fit(asynchronous(kit, spec, name, **options), trainer, data=kit.make_records(8), ckpt=ckpt)
+        return kit.weights(module), rows.rows
+
+    whole, logged = run(tmp_path / "whole")
+    checkpoints = sorted((tmp_path / "whole").glob("*.ckpt"))
+    assert len(checkpoints) >= 7
+    for path in checkpoints:
+        step = torch.load(path, weights_only=True)["global_step"]
+        found, rows = run(tmp_path / "again", ckpt=path)
+        torch.testing.assert_close(found, whole, rtol=0, atol=0)
+        assert rows == [row for row in logged if row[0] >= step]
+
+
+def test_validation_waits_for_the_engine_and_changes_nothing(kit, spec) -> None:
+    expected = kit.weights(kit.fit(asynchronous(kit, spec), kit.make_trainer(4)))
+    validated = kit.fit(asynchronous(kit, spec), kit.make_trainer(4, val_check_interval=1), val=kit.make_records(2))
+    torch.testing.assert_close(kit.weights(validated), expected, rtol=0, atol=0)
+
+
+def test_an_error_in_the_background_ends_the_run(kit, spec) -> None:
+    module = asynchronous(kit, spec, engine=Watched)
+    trainer = kit.make_trainer(5)
+
+    class Break(kit.L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.engine.fail_at = 2
+
+    trainer.callbacks.append(Break())
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        kit.fit(module, trainer)
+    assert trainer.global_step == 2
+
+
+def test_what_cannot_be_asynchronous_is_refused_before_training(kit, spec) -> None:
+    with pytest.raises(ConfigError, match="weights of its own, found TransformersEngine"):
+        kit.fit(kit.make_module("grpo", spec, asynchronous=True, correction=TRUNCATE), kit.make_trainer(2))
+    for correction in (None, CorrectionOptions()):
+        with pytest.raises(ConfigError, match="expected a correction, found none"):
+            kit.fit(kit.make_module("grpo", spec, asynchronous=True, engine="replica", correction=correction), kit.make_trainer(2))
