@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record, Rollouts
@@ -54,7 +54,7 @@ class RolloutRequest:
     samples: int
 
 
-class RolloutEngine(Protocol):
+class RolloutEngine(ABC):
     """Draws responses from the policy. An engine of your own subclasses this, and need only write ``generate``."""
 
     #: Whether ``generate`` uses the weights of the last ``sync``, so that it may run while the policy is trained.
