@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,6 +14,7 @@ from aapa_lightning.adapters import LoraSpec, put_adapters
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.lm_head import check_backend, set_logprob_backend
+from aapa_lightning.materialize import parameters_on_meta
 from aapa_lightning.packing import check_packing, set_packing
 from aapa_lightning.quantization import quantization_arguments
 
@@ -95,12 +97,13 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(spec: PolicySpec, precision: str = "", *, weights: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer as ``spec`` says.
 
     Args:
         spec: what to load.
         precision: the trainer's; mixed ones let flash attention serve float32 weights.
+        weights: without them the model's parameters lie on the meta device, for ``aapa_lightning.materialize`` to fill.
 
     Raises:
         ConfigError: nothing to load, nothing there, a vocabulary that does not hold the tokenizer's tokens, or options that contradict
@@ -113,7 +116,8 @@ def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel,
     tokenizer = load_tokenizer(spec)
     dtype = parse_dtype(spec.dtype)
     attention = resolve_attention(spec.attn_implementation, dtype, precision)
-    model = _from_config(spec, tokenizer, dtype, attention) if spec.model is None else _from_folder(spec.model, spec, dtype, attention)
+    with nullcontext() if weights else parameters_on_meta():
+        model = _build(spec, tokenizer, dtype, attention, weights)
     vocabulary = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > vocabulary:
         raise ConfigError(
@@ -121,7 +125,8 @@ def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel,
             "use the model's own tokenizer or set config.vocab_size"
         )
     if spec.lora is not None:
-        model = put_adapters(model, spec.lora, spec.seed)
+        with nullcontext() if weights else parameters_on_meta():
+            model = put_adapters(model, spec.lora, spec.seed)
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.activation_checkpointing:
@@ -133,6 +138,14 @@ def load_policy(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedModel,
     set_logprob_backend(model, spec.logprob_backend)
     set_packing(model, spec.packing)
     return model, tokenizer
+
+
+def _build(
+    spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str | None, weights: bool
+) -> PreTrainedModel:
+    if spec.model is None:
+        return _from_config(spec, tokenizer, dtype, attention)
+    return _from_folder(spec.model, spec, dtype, attention) if weights else _without_weights(spec.model, spec, dtype, attention)
 
 
 def _check_adapters(spec: PolicySpec) -> None:
@@ -195,6 +208,26 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
         )
     except Exception as error:  # transformers, safetensors, the Hub client and the model's own code raise errors of their own
         raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {in_one_line(error)}") from error
+
+
+def _without_weights(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """What ``_from_folder`` loads, as its configuration describes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    below = adapter_base(source, spec.revision)
+    if below is not None:
+        return _without_weights(below.model, replace(spec, model=below.model, revision=below.revision), dtype, attention)
+    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options, **(spec.config or {}))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=spec.trust_remote_code
+        )
+    except Exception as error:  # as above
+        raise ConfigError(f"policy.model: cannot build a causal LM as of {source!r}: {in_one_line(error)}") from error
+    with suppress(OSError):  # a model need not come with one
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=spec.revision or "main")
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -30,9 +30,9 @@ from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
-from aapa_lightning.modules.parallel import place
+from aapa_lightning.modules.parallel import load_placed
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
-from aapa_lightning.policy import PolicySpec, eos_token_ids, load_policy
+from aapa_lightning.policy import PolicySpec, eos_token_ids
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
@@ -114,8 +114,7 @@ class InferenceModule(L.LightningModule):
         if self._loaded:
             return
         refuse_true_precision(trainer_precision(self))
-        self.model, self.tokenizer = load_policy(self.policy, trainer_precision(self))
-        place(self, self.model)
+        self.model, self.tokenizer = load_placed(self, self.policy)
         if self.policy.lora is not None:
             keep_adapters(self)
             self.strict_loading = False  # of Lightning, which would miss the base model; ``check_adapters`` misses what is ours
@@ -133,8 +132,7 @@ class InferenceModule(L.LightningModule):
         if has_adapters(self.model):
             return self.model
         if shard_units(self.model):  # FSDP refuses to copy what it has sharded
-            model, _ = load_policy(self.policy, trainer_precision(self))
-            place(self, model)
+            model, _ = load_placed(self, self.policy)
         else:
             model = copy.deepcopy(self.model)
         return model.eval().requires_grad_(False)

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
 from torch import nn
 
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.materialize import fill_model
+from aapa_lightning.modules.precision import trainer_precision
+from aapa_lightning.policy import PolicySpec, load_policy
 from aapa_lightning.sharding import shard_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: What a sharded forward computes in, by the trainer's precision; shards, gradients and optimiser state keep the dtype of the weights.
 COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
+def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a policy for a module; where the strategy shards, every rank only the rows that it keeps. All ranks call it together.
+
+    Raises:
+        ConfigError: what ``load_policy`` or ``place`` refuses, or quantised weights where the strategy shards.
+    """
+    precision = trainer_precision(module)
+    if module.device_mesh is None:
+        return load_policy(spec, precision)
+    if spec.quantization != "none":
+        raise ConfigError(f"policy.quantization={spec.quantization}: quantised weights cannot be sharded; use --trainer.strategy ddp")
+    model, tokenizer = load_policy(spec, precision, weights=False)
+    place(module, model)
+    strategy, base = module.trainer.strategy, ""
+
+    def load() -> nn.Module:
+        nonlocal base
+        whole, _ = load_policy(spec, precision)
+        base = getattr(whole, "aapa_base", "")
+        return whole
+
+    folder = None if spec.lora is not None else spec.model
+    fill_model(model, strategy.root_device, folder=folder, revision=spec.revision, load=load)
+    if spec.lora is not None:
+        cast(Any, model).aapa_base = strategy.broadcast(base)
+    return model, tokenizer
+
+
 def place(module: L.LightningModule, model: nn.Module) -> None:
-    """Shard a freshly loaded model where the strategy shards (``fsdp2``, ``ModelParallelStrategy``); leave it alone elsewhere.
+    """Shard a model that every rank has loaded where the strategy shards (``fsdp2``, ``ModelParallelStrategy``); leave it alone elsewhere.
 
     Raises:
         ConfigError: tensor parallelism, or a precision that sharding does not go with.
@@ -27,8 +61,8 @@ def place(module: L.LightningModule, model: nn.Module) -> None:
     trainer: Any = module.trainer
     if (size := mesh["tensor_parallel"].size()) > 1:
         raise ConfigError(
-            f"trainer.strategy: expected tensor_parallel_size 1, found {size}: models are sharded, not split; use --trainer.strategy fsdp2, "
-            f"or set data_parallel_size to all {mesh.size()} devices and tensor_parallel_size to 1"
+            f"trainer.strategy: expected tensor_parallel_size 1, found {size}: models are sharded, not split; use --trainer.strategy "
+            f"fsdp2, or set data_parallel_size to all {mesh.size()} devices and tensor_parallel_size to 1"
         )
     if trainer.precision not in COMPUTE_DTYPES:
         raise ConfigError(f"trainer.precision: expected {' or '.join(COMPUTE_DTYPES)} for sharded models, found {trainer.precision}")

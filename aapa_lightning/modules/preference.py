@@ -30,13 +30,13 @@ from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.modules.checkpointing import gather_over_ranks
-from aapa_lightning.modules.parallel import place
+from aapa_lightning.modules.parallel import load_placed
 from aapa_lightning.modules.precision import trainer_precision
 from aapa_lightning.objectives.pairs import per_token
 from aapa_lightning.objectives.preference import PREFERENCES
 from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.objectives.surrogate import clipped_surrogate
-from aapa_lightning.policy import PolicySpec, load_policy
+from aapa_lightning.policy import PolicySpec
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.types import Demonstration, PairLossInputs, Record, SumOverRanks
 
@@ -164,7 +164,7 @@ class PreferenceModule(PolicyModule):
 
     def _other_policy(self, spec: PolicySpec) -> nn.Module:
         try:
-            model, tokenizer = load_policy(spec, trainer_precision(self))
+            model, tokenizer = load_placed(self, spec)
         except ConfigError as error:
             raise ConfigError(f"reference: {error}") from error
         theirs = tokenizer.get_vocab()
@@ -173,7 +173,6 @@ class PreferenceModule(PolicyModule):
                 f"reference {spec.model}: expected the tokens of the policy's tokenizer under the same ids, found {wrong!r} as "
                 f"{theirs.get(wrong)}; use a reference of the same family, or name the tokenizer that it shares as reference.tokenizer"
             )
-        place(self, model)
         return model
 
     def _responses(self, records: Records) -> Iterator[Demonstration]:

@@ -1,0 +1,152 @@
+"""Weights for a model that was built without: every rank fills the rows that it keeps, and none holds the whole model.
+
+Rows come straight from safetensors files where these hold the model's weights under its own names and shapes. Else (a model from scratch,
+adapters, files that transformers converts) rank 0 loads the model as ever and sends it, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from aapa_lightning.errors import AapaError, ConfigError
+from aapa_lightning.shard_files import local_rows
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get parameters without memory. Buffers are real: what they hold is computed, not loaded."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is there already may be tied to another
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    setattr(nn.Module, "register_parameter", on_meta)  # noqa: B010 - what all parameters pass
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "register_parameter", register)  # noqa: B010 - as above
+
+
+def fill_model(model: nn.Module, device: torch.device, *, folder: str | None, revision: str | None, load: Callable[[], nn.Module]) -> None:
+    """Give a sharded model of ``parameters_on_meta`` its weights; all ranks call it together.
+
+    Args:
+        model: sharded; changed in place.
+        device: where its shards shall lie.
+        folder: folder or Hub name whose safetensors files may hold the weights as they are; None for none.
+        revision: of ``folder``.
+        load: the whole model on the CPU; called on rank 0, and only where the files will not do.
+
+    Raises:
+        ConfigError: ``load`` refuses, on rank 0; the others raise what it said.
+    """
+    tensors = _materialize(model, device)
+    whole = None
+    verdict: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            if folder is None or not _covers(_files(folder, revision), tensors):
+                whole = load().state_dict()
+            verdict = ["files" if whole is None else "rank 0"]
+        except AapaError as error:
+            verdict = [error]
+    said = [str(verdict[0]) if isinstance(verdict[0], AapaError) else None, verdict[0] if isinstance(verdict[0], str) else None]
+    torch.distributed.broadcast_object_list(said, 0)
+    if said[0] is not None:
+        raise verdict[0] if isinstance(verdict[0], AapaError) else ConfigError(said[0])
+    if said[1] == "files" and folder is not None:
+        _read(_files(folder, revision), tensors)
+    else:
+        _receive(whole, tensors, device)
+
+
+def _materialize(model: nn.Module, device: torch.device) -> dict[int, tuple[Tensor, list[str]]]:
+    """Memory for parameters, tied ones once; buffers move. Gives what has to be filled, with all of its names."""
+    buffers = [(module, name, value) for module in model.modules() for name, value in module._buffers.items() if value is not None]
+    ties: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                ties.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for module, name, value in buffers:
+        module._buffers[name] = value.to(device)
+    for (module, name), *others in ties.values():
+        for other, alias in others:
+            other._parameters[alias] = module._parameters[name]
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(value), (value, []))[1].append(name)
+    return found
+
+
+def _files(folder: str, revision: str | None) -> dict[str, Path]:
+    """Where a model's tensors lie, by name; empty without safetensors files."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        path = cached_file(folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else Path(path)
+
+    index = find("model.safetensors.index.json")
+    if index is not None:
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        parts = {file: find(file) for file in set(names.values())}
+        return {name: path for name, file in names.items() if (path := parts[file]) is not None}
+    single = find("model.safetensors")
+    return {} if single is None else dict.fromkeys(_open(single).keys(), single)
+
+
+def _open(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(str(path), framework="pt")
+
+
+def _covers(files: dict[str, Path], tensors: dict[int, tuple[Tensor, list[str]]]) -> bool:
+    opened = {path: _open(path) for path in set(files.values())}
+    for value, names in tensors.values():
+        name = next((name for name in names if name in files), None)
+        if name is None or opened[files[name]].get_slice(name).get_shape() != list(value.shape):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _read(files: dict[str, Path], tensors: dict[int, tuple[Tensor, list[str]]]) -> None:
+    opened = {path: _open(path) for path in set(files.values())}
+    for value, names in tensors.values():
+        name = next(name for name in names if name in files)
+        if isinstance(value, DTensor):
+            first, rows = local_rows(value)
+            if len(rows):
+                rows.copy_(opened[files[name]].get_slice(name)[first : first + len(rows)])
+        else:
+            value.copy_(opened[files[name]].get_tensor(name))
+
+
+@torch.no_grad()
+def _receive(whole: dict[str, Tensor] | None, tensors: dict[int, tuple[Tensor, list[str]]], device: torch.device) -> None:
+    """Fill from the whole model of rank 0, which frees it on the way."""
+    for value, names in tensors.values():
+        sent = torch.empty(value.shape, dtype=value.dtype, device=device)
+        if whole is not None:
+            sent.copy_(whole[names[0]])
+            for name in names:
+                del whole[name]
+        torch.distributed.broadcast(sent, 0)
+        if isinstance(value, DTensor):
+            first, rows = local_rows(value)
+            rows.copy_(sent[first : first + len(rows)])
+        else:
+            value.copy_(sent)

@@ -1,0 +1,129 @@
+"""Weights that every rank reads its rows of: those of the model as it is loaded in one piece, from files, from rank 0, tied and not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.materialize import parameters_on_meta
+from aapa_lightning.policy import PolicySpec, load_policy
+
+ROOT = Path(__file__).parents[1]
+SIZES = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "vocab_size": 301}
+#: How many parts the file is in, whether the head is tied, what the file holds, and what the policy is.
+CASES = {
+    "one file": {},
+    "parts": {"max_shard_size": "20KB"},
+    "untied": {"tie": False},
+    "half in the file": {"file_dtype": "bfloat16"},
+    "half": {"dtype": "bfloat16", "file_dtype": "bfloat16"},
+    "another head size": {"rename": True},
+    "from scratch": {"scratch": True},
+    "adapters": {"lora": True},
+}
+
+
+def make(folder, tokenizer, tie=True, file_dtype="float32", max_shard_size="1GB", rename=False, **_):
+    """A saved model whose norms and biases are no constants."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, tie_word_embeddings=tie), dtype=getattr(torch, file_dtype))
+    for p in model.parameters():
+        p.data.normal_()
+    (model.model if rename else model).save_pretrained(folder, max_shard_size=max_shard_size)  # the bare decoder's names lack a prefix
+    tokenizer.save_pretrained(folder)
+
+
+def spec_of(folder, case):
+    from aapa_lightning.adapters import LoraSpec
+
+    lora = LoraSpec(r=2) if case.get("lora") else None
+    if case.get("scratch"):
+        return PolicySpec(config=SIZES, tokenizer=str(folder), seed=5)
+    return PolicySpec(str(folder), dtype=case.get("dtype", "float32"), lora=lora)
+
+
+def refuse():
+    raise ConfigError("nothing to load")
+
+
+def work(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from aapa_lightning import materialize
+    from aapa_lightning.sharding import WholeTensors, gathered_parameters, shard_model
+
+    torch.distributed.init_process_group("gloo")
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
+    for name, case in CASES.items():
+        spec, calls = spec_of(Path(folder) / name, case), []
+        model, _ = load_policy(spec, weights=False)
+        assert all(p.is_meta for p in model.parameters())
+
+        def load(spec=spec, calls=calls):
+            calls.append(spec)
+            return load_policy(spec)[0]
+
+        shard_model(model, mesh)
+        source = None if spec.lora else spec.model
+        materialize.fill_model(model, torch.device("cpu"), folder=source, revision=None, load=load)
+        expected, _ = load_policy(spec)
+        assert len(calls) == (rank == 0 and bool({"rename", "scratch", "lora"} & case.keys()))
+        torch.testing.assert_close(dict(WholeTensors(model.state_dict())), dict(expected.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(expected.named_buffers()), rtol=0, atol=0)
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [n for n, p in expected.named_parameters() if p.requires_grad]
+        ours, theirs = ({k: v for k, v in m.generation_config.to_dict().items() if v} for m in (model, expected))
+        assert ours == theirs
+        ids = torch.arange(20)[None]
+        with torch.no_grad(), gathered_parameters(model):
+            torch.testing.assert_close(model.eval()(ids).logits, expected.eval()(ids).logits, rtol=0, atol=0)
+        if rank == 0:
+            print("filled:", name, flush=True)
+    model, _ = load_policy(spec, weights=False)
+    shard_model(model, mesh)
+    with pytest.raises(ConfigError, match="nothing to load"):  # on the rank that loads, and on the one that waits
+        materialize.fill_model(model, torch.device("cpu"), folder=None, revision=None, load=refuse)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("models")
+    for name, case in CASES.items():
+        make(folder / name, tiny_tokenizer, **case)
+    return folder
+
+
+def test_two_ranks_fill_their_rows(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert [name for name in CASES if f"filled: {name}\n" in done.stdout] == list(CASES)
+
+
+def test_only_parameters_are_left_without_memory():
+    with parameters_on_meta():
+        layer = torch.nn.BatchNorm1d(3)
+        tied = torch.nn.Linear(3, 3)
+        tied.bias = layer.bias
+    assert layer.weight.is_meta
+    assert tied.bias is layer.bias
+    assert torch.equal(layer.running_var, torch.ones(3))
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot build a causal LM as of"):
+        load_policy(PolicySpec(str(tmp_path)), weights=False)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])
