@@ -121,12 +121,16 @@ def response_logprobs(
     input_ids = torch.cat((prompt_ids, response_ids), dim=1)
     attention_mask = torch.cat((prompt_mask, response_mask), dim=1)
     prefixes = None
-    if group_size > 1 and sharing_pays(model, prompt_mask, group_size):
+    if sharing_pays(model, prompt_mask, group_size):
+        if prompt_mask.shape[1] == 1:  # of a sharded model's rank: others share
+            prompt_ids, prompt_mask = (nn.functional.pad(part, (1, 0)) for part in (prompt_ids, prompt_mask))
+            input_ids, attention_mask = (nn.functional.pad(part, (1, 0)) for part in (input_ids, attention_mask))
         # the last prompt token stands with the responses: its logits are those of their first tokens
         prefixes = Prefixes(model, prompt_ids[::group_size, :-1], prompt_mask[::group_size, :-1], group_size)
     parts = (model, input_ids, attention_mask, response_mask.bool(), temperature, backend, prefixes)
     logprobs, entropies = _score_last(*parts, entropy=entropy, entropy_grad=entropy_grad)
     off = ~response_mask
+    logprobs = logprobs if prefixes is None else logprobs + prefixes.link
     return logprobs.masked_fill(off, 0.0), None if entropies is None else entropies.masked_fill(off, 0.0)
 
 

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.lm_head import causal_model
+from aapa_lightning.lm_head import causal_model, head_answers
+from aapa_lightning.sharding import is_sharded
 
 #: Below so many tokens saved, reading prompts apart costs more than it saves.
 LEAST_SAVED = 256
@@ -34,8 +35,19 @@ class Prefixes:
 
         cache: Any = DynamicCache()
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        # the head of one position that nobody reads: every model can be asked for that, whatever it is wrapped in
-        model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inner: Any = causal_model(model)
+        with head_answers(inner.get_output_embeddings(), lambda original, hidden: hidden):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        #: 0, to be added to what is made of the rows: FSDP gathers a layer's weights for the backward pass when a gradient reaches the
+        #: layer's output, and keys and values by themselves do not lead there.
+        self.link = (output.logits.float() * 0).nan_to_num().sum()
         self.width = ids.shape[1]
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
         self._group_size = group_size
@@ -85,13 +97,15 @@ def sharing_pays(model: nn.Module, prompt_mask: Tensor, group_size: int) -> bool
     saved = (rows - rows // group_size) * (width - 1)
     # recomputed layers take no cache
     checkpointed = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return saved >= LEAST_SAVED and not checkpointed and can_share(model)
+    # ranks of a sharded model must answer alike, and their prompts differ
+    enough = group_size > 1 and (saved >= LEAST_SAVED or is_sharded(model))
+    return enough and not checkpointed and can_share(model)
 
 
 def can_share(model: nn.Module) -> bool:
     """Whether rows behind prefixes get the logits that they get in one piece: by the kinds of its layers, then tried on a few tokens, once.
 
-    A model that is recurrent, attends in both directions, drops units at random, lies in shards, or cannot be called so, answers no.
+    A model that is recurrent, attends in both directions, drops units at random, has no head, or cannot be called so, answers no.
     """
     inner: Any = causal_model(model)
     if inner not in _CAN_SHARE:
@@ -102,12 +116,11 @@ def can_share(model: nn.Module) -> bool:
 
 
 def _keeps_all_tokens(inner: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
     parameters = inspect.signature(inner.forward).parameters
     kinds = set(getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or _ATTENTION)
-    whole = not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in inner.parameters())
-    return {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys() and kinds <= _ATTENTION and whole
+    zero3 = any(hasattr(p, "ds_id") for p in inner.parameters())
+    called = {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys()
+    return called and kinds <= _ATTENTION and not zero3 and isinstance(inner.get_output_embeddings(), nn.Module)
 
 
 @torch.no_grad()

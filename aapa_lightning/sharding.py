@@ -19,6 +19,13 @@ from aapa_lightning.errors import ConfigError
 _GATHERED: WeakSet[FSDPModule] = WeakSet()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward needs all ranks (FSDP2, tensor parallel, ZeRO-3)."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
 def shard_units(model: nn.Module) -> list[FSDPModule]:
     """The modules that ``fully_shard`` was called on."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

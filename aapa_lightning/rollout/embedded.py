@@ -12,10 +12,10 @@ from torch import Tensor
 
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
-from aapa_lightning.rollout.lockstep import can_gather, is_sharded, max_over_ranks
+from aapa_lightning.rollout.lockstep import can_gather, max_over_ranks
 from aapa_lightning.rollout.rows import Stops
 from aapa_lightning.rollout.sampling import row_keys
-from aapa_lightning.sharding import gathered_parameters
+from aapa_lightning.sharding import gathered_parameters, is_sharded
 from aapa_lightning.types import Rollouts
 
 if TYPE_CHECKING:

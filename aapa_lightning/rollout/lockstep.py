@@ -6,13 +6,6 @@ import torch
 from torch import nn
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward needs all ranks (FSDP2, tensor parallel, ZeRO-3)."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-
-
 def can_gather(model: nn.Module) -> bool:
     """Whether ``sharding.gathered_parameters`` knows the model's shards; it does not know ZeRO-3's."""
     return not any(hasattr(p, "ds_id") for p in model.parameters())

@@ -10,8 +10,8 @@ import torch
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
-from aapa_lightning.rollout.lockstep import is_sharded
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
+from aapa_lightning.sharding import is_sharded
 from aapa_lightning.types import Rollouts
 
 
