@@ -68,6 +68,7 @@ class VLLMEngine(RolloutEngine):
         self._vllm = _vllm()
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, tuple(eos_ids)
         self.sleep_level = sleep_level
+        self.own_weights = sleep_level != 2  # those of level 2 come anew whenever it generates
         self.dtype: Dtype = dtype
         self._weights = weights
         self._arguments = {

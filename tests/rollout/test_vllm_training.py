@@ -46,13 +46,14 @@ class Rows(Logger):
 
 @pytest.fixture
 def run(tiny_model_dir):
-    def fit(server, *, steps=3, **options):
+    def fit(server, *, steps=3, asynchronous=False, **options):
         engine = partial(VLLMServerEngine, url=server.url, backoff=0.01, retries=1, **options)
         module = GRPOModule(
             PolicySpec(str(tiny_model_dir)),
             engine=engine,
             rewards=[Letters()],
             correction=CORRECTION,
+            asynchronous=asynchronous,
             sampling=SamplingParams(max_new_tokens=6, temperature=1.2),
             optimizer=partial(torch.optim.SGD, lr=1.0),
             prompts_per_window=4,
@@ -87,6 +88,15 @@ def test_each_step_is_drawn_with_the_weights_of_that_step(run, vllm_server, tmp_
         assert row["train/policy/engine_weight"] == pytest.approx(1.0, abs=1e-3)
         assert row["train/policy/ratio"] == 1.0
     assert not list((tmp_path / "weights").iterdir())
+
+
+def test_windows_drawn_ahead_are_corrected_for_their_age(run, vllm_server, tmp_path):
+    server = vllm_server()
+    rows = run(server, folder=str(tmp_path / "weights"), dtype="float32", asynchronous=True)
+    assert [path.rpartition("-step-")[2] for path, *_ in server.loaded] == ["0", "1", "2"]
+    assert rows[0]["train/policy/engine_kl"] < 1e-6  # the first window waits for its own
+    assert min(row["train/policy/engine_kl"] for row in rows[1:]) > 1e-4
+    assert all(row["train/policy/ratio"] == 1.0 for row in rows)
 
 
 def test_a_server_that_stays_behind_shows_in_the_metrics_and_is_refused(run, vllm_server, tmp_path):
