@@ -16,6 +16,7 @@ import kit
 import lightning as L
 import torch
 
+from aapa_lightning.adapters import LoraSpec
 from aapa_lightning.callbacks.run_folder import RunCheckpoint, RunFolder
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.errors import AapaError
@@ -76,7 +77,8 @@ def run(job: dict, rank: int, world_size: int) -> None:
         use_distributed_sampler=False,
         **options,
     )
-    module = kit.make_module(job["module"], PolicySpec(job["policy"]), **job.get("options", {}))
+    spec = PolicySpec(job["policy"], **job.get("spec", {}), lora=LoraSpec(**job["lora"]) if "lora" in job else None)
+    module = kit.make_module(job["module"], spec, **job.get("options", {}))
     val = kit.make_records(3) if job.get("val") else None
     demonstrations = kit.make_records(19)[12:] if job.get("demonstrations") else None
     try:
@@ -92,6 +94,8 @@ def run(job: dict, rank: int, world_size: int) -> None:
             "norms": [row for _, row in rows.rows if "train/grad_norm/sft" in row],
             "judge": callbacks[0].discriminator.fingerprint() if "anchor" in job else "",
         }
+    if "export" in job:
+        module.export(job["export"])
     torch.save(result, f"{job['out']}.rank{rank}")
 
 
