@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aapa_lightning import packing
+from aapa_lightning.attention import _FLASH
 
 ROOT = Path(__file__).parents[2]
 MODES = ("ddp", "fsdp", "reshard", "head", "half")
@@ -68,6 +69,8 @@ def test_mixed_runs_on_a_gpu(kit, spec, packed_batches, name, attention):
 
     if attention != "sdpa" and not getattr(transformers.utils, f"is_flash_attn_{attention[-1]}_available")():
         pytest.skip(f"{attention} is not installed")
+    if attention != "sdpa" and torch.cuda.get_device_capability()[0] not in _FLASH[attention].majors:
+        pytest.skip(f"{attention} is not for this GPU")
     rows = kit.Rows()
     trainer = kit.make_trainer(3, accumulate=2, logger=rows, accelerator="cuda", devices=1, precision="bf16-mixed")
     own = replace(spec, attn_implementation=attention, packing=attention == "sdpa" or "auto")
