@@ -177,9 +177,11 @@ class InferenceModule(L.LightningModule):
             RolloutRequest(encode_prompt(self.tokenizer, record, self.prompt_format), record, index, samples)
             for index, record in zip(step.indices, step.records, strict=True)
         ]
-        if not requests or samples == 0:
+        if samples == 0:
             return None
-        self.engine.sync(self.global_step)
+        self.engine.sync(self.global_step)  # ranks that have run out of prompts, too: they hand weights over together
+        if not requests:
+            return None
         seed = derive_seed(purpose, self.seed, str(temperature))
         return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
 

@@ -18,6 +18,7 @@ from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingP
 from aapa_lightning.rollout.collate import Response, collate
 from aapa_lightning.rollout.vllm_requests import check_response, sampling_fields
 from aapa_lightning.rollout.vllm_weights import Dtype, NamedWeights, named_weights
+from aapa_lightning.sharding import is_sharded
 from aapa_lightning.types import Rollouts
 
 
@@ -91,6 +92,11 @@ class VLLMEngine(RolloutEngine):
 
     def sync(self, step: int) -> None:
         """Give vLLM the weights of optimiser step ``step``; see ``RolloutEngine.sync``. All ranks call it together."""
+        if self.sleep_level == 2 and is_sharded(self.model):
+            raise ConfigError(
+                "engine.sleep_level: expected 0 or 1 for a policy in shards, found 2: weights would be gathered when one rank generates, "
+                "and the others would not be there"
+            )
         self._step = step
         if self._holds != step:
             self._push()
@@ -135,7 +141,7 @@ class VLLMEngine(RolloutEngine):
             self._holds = None
 
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
-        """Draw responses; see ``RolloutEngine.generate``. With sleep level 2 all ranks call it together.
+        """Draw responses; see ``RolloutEngine.generate``.
 
         Raises:
             DataError: vLLM's answer is not what was asked for.

@@ -269,6 +269,13 @@ def test_options_that_are_illegal(options, named, make, vllm):
         make(**options)
 
 
+def test_shards_are_not_gathered_inside_generate(make, vllm, monkeypatch):
+    monkeypatch.setattr("aapa_lightning.rollout.vllm_colocated.is_sharded", lambda model: True)
+    make(sleep_level=1).sync(0)
+    with pytest.raises(ConfigError, match=r"engine\.sleep_level: expected 0 or 1 for a policy in shards, found 2"):
+        make(sleep_level=2).sync(0)
+
+
 def test_without_vllm_the_extra_is_named(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingDependencyError, match=r"aapa-lightning\[vllm\]"):
