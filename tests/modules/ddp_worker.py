@@ -16,6 +16,7 @@ import kit
 import lightning as L
 import torch
 
+from aapa_lightning import strategies
 from aapa_lightning.adapters import LoraSpec
 from aapa_lightning.callbacks.run_folder import RunCheckpoint, RunFolder
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
@@ -34,6 +35,25 @@ class KillAt(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieWriting(L.Callback):
+    """Kills its own process the hard way in the middle of writing the last checkpoint of step ``step`` on rank ``rank``."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def setup(self, trainer, pl_module, stage):
+        plain = strategies.write_folder
+
+        def dying(checkpoint, folder, rank, barrier):
+            if trainer.global_step == self.step and rank == self.rank and folder.name.startswith(".last"):
+                folder.mkdir(exist_ok=True)
+                (folder / f"rank{rank}.pt").write_bytes(b"half a fi")
+                os.kill(os.getpid(), signal.SIGKILL)
+            plain(checkpoint, folder, rank, barrier)
+
+        strategies.write_folder = dying
 
 
 class PoisonAt(L.Callback):
@@ -60,6 +80,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
     callbacks = [kit.make_anchor(**job["anchor"])] if "anchor" in job else []
     callbacks += [KillAt(*job["kill"])] if "kill" in job else []
     callbacks += [PoisonAt(*job["poison"])] if "poison" in job else []
+    callbacks += [DieWriting(*job["dies_writing"])] if "dies_writing" in job else []
     rows = kit.Rows()
     options = {"logger": rows} | job.get("trainer", {})
     if folder is not None:
@@ -91,6 +112,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
             "optimizer": {i: dict(WholeTensors(state)) for i, state in trainer.optimizers[0].state_dict()["state"].items()},
             "seen": module.rewards.rewards[0].seen if module.rewards else [],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "rows": [row for _, row in rows.rows],
             "norms": [row for _, row in rows.rows if "train/grad_norm/sft" in row],
             "judge": callbacks[0].discriminator.fingerprint() if "anchor" in job else "",
         }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -188,6 +191,19 @@ def fit(module, trainer: L.Trainer, data=None, *, demonstrations=None, val=None,
 def weights(module) -> dict[str, torch.Tensor]:
     """A copy of the policy's weights."""
     return {name: value.clone() for name, value in WholeTensors(module.model.state_dict()).items()}
+
+
+def launch(worker: Path, jobs: list, file: Path, *, ranks: int = 2, strategy: str = "ddp") -> tuple[int, str]:
+    """Run the jobs of a worker in processes of their own; the exit code and what they printed."""
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, str(worker), str(file)]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    env |= {"AAPA_TEST_STRATEGY": strategy}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def separable(count=8):

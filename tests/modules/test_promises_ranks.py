@@ -1,9 +1,6 @@
 """Promises 3, 4 and 6 on two ranks: the same rollouts and gradients, kills and resumes, skips that ranks agree on."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -56,19 +53,6 @@ def worker():
     return module
 
 
-def launch(jobs, file, ranks, strategy="ddp"):
-    """Run jobs in processes of their own; returns the exit code and what they wrote."""
-    file.write_text(json.dumps(jobs))
-    command = [sys.executable, str(WORKER), str(file)]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    root = WORKER.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    env |= {"AAPA_TEST_STRATEGY": strategy}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout + done.stderr
-
-
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -88,7 +72,7 @@ def strategy(request):
 
 
 @pytest.fixture(scope="module")
-def first_launch(tmp_path_factory, tiny_model_dir, strategy):
+def first_launch(tmp_path_factory, tiny_model_dir, kit, strategy):
     """Two ranks: every module, an uninterrupted run, poisoned steps, and at last a run that loses rank 1 in step 5."""
     folder, policy = tmp_path_factory.mktemp("ranks"), str(tiny_model_dir)
     jobs = [_job(key, folder, policy, accumulate=2) for key in EQUAL]
@@ -96,7 +80,7 @@ def first_launch(tmp_path_factory, tiny_model_dir, strategy):
     jobs.append({**_job("chord", folder, policy, steps=1), "out": str(folder / "clean")})
     jobs.append({**_job("chord", folder, policy, steps=2), "out": str(folder / "poisoned"), "poison": [1, 1]})
     jobs.append(_run_job(folder, "killed", policy, kill=[5, 1]))
-    code, output = launch(jobs, folder / "first.json", 2, strategy)
+    code, output = kit.launch(WORKER, jobs, folder / "first.json", strategy=strategy)
     assert code != 0, output
     assert not (folder / "killed.out.rank0").exists()
     assert (folder / "poisoned.rank1").exists(), output[-5000:]
@@ -142,7 +126,7 @@ def test_a_lost_rank_resumes_bit_for_bit(first_launch, worker, tiny_model_dir, s
     jobs = [_run_job(folder, "killed", policy, ckpt=last), _run_job(folder, "moved", policy, ckpt=folder / "one" / "step4.ckpt")]
     worker.run(_run_job(folder, "one", policy, trainer={"max_steps": 4}), 0, 1)
     (folder / "one" / "checkpoints" / "last.ckpt").rename(folder / "one" / "step4.ckpt")
-    code, output = launch(jobs, folder / "second.json", 2, strategy)
+    code, output = worker.kit.launch(WORKER, jobs, folder / "second.json", strategy=strategy)
     assert code == 0, output[-5000:]
     _assert_same_run(folder, "whole", "killed", ranks=2)
     # one process stopped at a window's border, two went on
@@ -155,7 +139,7 @@ def test_a_lost_rank_resumes_bit_for_bit(first_launch, worker, tiny_model_dir, s
 
 def test_killed_process_resumes_bit_for_bit(worker, tmp_path, tiny_model_dir):
     policy = str(tiny_model_dir)
-    code, output = launch([_run_job(tmp_path, "killed", policy, kill=[3, 0])], tmp_path / "jobs.json", 1)
+    code, output = worker.kit.launch(WORKER, [_run_job(tmp_path, "killed", policy, kill=[3, 0])], tmp_path / "jobs.json", ranks=1)
     assert code == -9, output[-5000:]
     worker.run(_run_job(tmp_path, "whole", policy), 0, 1)
     worker.run(_run_job(tmp_path, "killed", policy, ckpt=tmp_path / "killed" / "checkpoints" / "last.ckpt"), 0, 1)
