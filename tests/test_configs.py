@@ -19,6 +19,7 @@ from aapa_lightning.files import write_text
 from aapa_lightning.modules.base import PolicyModule
 from aapa_lightning.modules.discriminator import DiscriminatorModule
 from aapa_lightning.recipe.plan import load_recipe
+from aapa_lightning.strategies import FSDP2Strategy
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -114,6 +115,14 @@ def test_staged_recipes_instantiate_for_every_size(name, size, build_cli):
             later = name == "aapa-staged" and stage == "aapa_grpo"
             assert cli.model.policy.model == (f"runs/{name}-{size}/aapa_sft/export" if later else MODELS[size])
             assert cli.trainer.num_devices == 8
+
+
+@pytest.mark.parametrize("name", [*ANCHORED, "reward_model"])
+def test_sharding_goes_with_every_objective(name, build_cli):
+    cli = build_cli("fit", *configs(f"recipes/{name}", "fsdp2"))
+    check_numbers(cli)
+    assert isinstance(cli.trainer.strategy, FSDP2Strategy)
+    assert cli.trainer.strategy._save_distributed_checkpoint
 
 
 @pytest.mark.parametrize("size", MODELS)
