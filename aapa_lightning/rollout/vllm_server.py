@@ -173,6 +173,7 @@ class VLLMServerEngine(RolloutEngine):
             )
         if self.folder is not None:
             version = share_from_first(f"{uuid.uuid4().hex[:8]}-step-{step}")
+            self._step = self._version = None  # after a failure the server holds nobody's weights
             problem = self._push(self.folder / version, version)
             if problem := share_from_first(problem) or problem:
                 raise ConfigError(problem)

@@ -157,6 +157,7 @@ def test_a_server_that_dies_ends_the_run_with_advice(connect, vllm_server, reque
 def test_a_push_that_fails_leaves_the_server_paused_and_says_where(connect, vllm_server, requests, tmp_path):
     server = vllm_server()
     engine = connect(server)
+    engine.sync(6)
     server.failures["/collective_rpc"] = [500] * 3
     with pytest.raises(ConfigError, match=r"could not load the weights in .*step-7 \(does it see that folder\?\)"):
         engine.sync(7)
