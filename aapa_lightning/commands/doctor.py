@@ -13,7 +13,8 @@ PACKAGES = ("aapa-lightning", "torch", "lightning", "transformers", "jsonargpars
 #: Optional packages, what each is for, and the extra that brings it.
 OPTIONAL = {
     "tensorboard": "a second log: pip install 'aapa-lightning[tensorboard]'",
-    "peft": "adapters on a policy that your own code loads: pip install 'aapa-lightning[peft]'",
+    "peft": "adapters in the place of weights (LoRA): pip install 'aapa-lightning[peft]'",
+    "bitsandbytes": "quantised weights under adapters (QLoRA): pip install 'aapa-lightning[qlora]'",
     "flash-attn-4": "faster attention on Hopper and Blackwell: pip install 'aapa-lightning[flash]'",
     "flash-attn": "faster attention on other GPUs, compiled for hours: pip install flash-attn --no-build-isolation",
     "vllm": "for a rollout engine of your own: pip install 'aapa-lightning[vllm]'",

@@ -95,6 +95,16 @@ def test_one_update_per_window_has_ratio_one(kit, lora, dtype, trainer):
     assert [row["train/policy/ratio"] == 1.0 for _, row in rows] == [True, False, False]
 
 
+def test_dropout_leaves_the_ratio_of_a_single_update_alone(kit, lora):
+    spec = replace(lora, disable_dropout=False, lora=replace(lora.lora, dropout=0.5))
+    _, rows = train(kit, spec, "grpo", 2, callbacks=[kit.make_anchor()])
+    assert [row["train/policy/ratio"] for _, row in rows] == [1.0] * 2
+    _, rows = train(kit, spec, "grpo", 2, updates_per_window=2)
+    assert rows[0][1]["train/policy/ratio"] == 1.0  # fresh adapters add nothing, dropped or not
+    _, rows = train(kit, spec, "grpo", 4, updates_per_window=2)
+    assert rows[2][1]["train/policy/ratio"] != 1.0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_moves_adapters_and_nothing_else(kit, lora, dtype):
     spec = replace(lora, dtype=dtype)
