@@ -6,7 +6,8 @@ Qwen3-0.6B and 32 x 8 responses of 512), the same prompts, optimiser, clipping a
 turns, so that a slow spell of the machine touches them alike. The first steps of a run warm up; the figure is the median of all others.
 No EOS ends a response: TRL is given none, ours an engine without. TRL runs without activation checkpointing, as ours does.
 The anchor is a perceptron on the hidden states of the frozen initial policy. The breakdown is of the anchored step, exclusive seconds.
---write replaces benchmarks/results/step_time_{cpu,cuda}.json and docs/results/step_time.md.
+--write replaces benchmarks/results/step_time_{cpu,cuda}.json and docs/results/step_time.md. One thread on a CPU unless OMP_NUM_THREADS
+says otherwise.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 
 import timing
 from step_time_report import report, write
+from step_time_run import WARM_UP, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("trl", "bare", "anchored")
-WARM_UP = 2
 
 
 def run(kind: str, folder: Path, steps: int, quick: bool) -> dict[str, Any]:
@@ -54,16 +55,12 @@ def measure(folder: Path, rounds: int, steps: int, quick: bool) -> dict[str, Any
     rows = {kind: sorted({tuple(one["generated"]) for one in found}) for kind, found in runs.items()}
     if len({tuple(found) for found in rows.values()}) > 1:
         raise SystemExit(f"the kinds did not generate alike: {rows}")
-    breakdown = {
-        part: statistics.median(one["parts"][part] for one in runs["anchored"]) / statistics.median(runs["anchored"][0]["ms"])
-        for part in runs["anchored"][0]["parts"]
-    }
     return {
         "speedup_over_trl": medians["trl"] / medians["bare"],
         "anchored_over_bare": medians["anchored"] / medians["bare"],
         "ms": medians,
         "lowest_ms": {kind: min(values) for kind, values in times.items()},
-        "breakdown_ms": {part: statistics.median(one["parts"][part] for one in runs["anchored"]) for part in breakdown},
+        "breakdown_ms": {part: statistics.median(one["parts"][part] for one in runs["anchored"]) for part in runs["anchored"][0]["parts"]},
         "generated": rows["bare"][0],
         "rounds": rounds,
         "steps": steps,
@@ -79,9 +76,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-    from step_time_run import prepare
-
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         shape = prepare(Path(name), args.quick)
         result = measure(Path(name), args.rounds, args.steps, args.quick)

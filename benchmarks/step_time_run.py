@@ -34,6 +34,8 @@ class Shape:
 
 CPU = Shape(256, 4, 4, 2, 64, 768, 1024, 4, 8, 64, 64)
 CUDA = Shape(1024, 28, 16, 8, 128, 3072, 151_936, 32, 8, 256, 512)
+#: Steps of a run that are not counted.
+WARM_UP = 2
 QUICK = Shape(64, 2, 4, 2, 16, 128, 1024, 2, 2, 16, 8)
 
 
@@ -197,8 +199,8 @@ def aapa_run(folder: Path, steps: int, shape: Shape, anchored: bool) -> dict[str
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
-    import aapa_lightning.loop.window as window
     from aapa_lightning import AapaDataModule, AnchorCallback, GRPOModule, PolicySpec, PromptFormat, SamplingParams, read_records
+    from aapa_lightning.loop import window
     from aapa_lightning.rollout.transformers_engine import TransformersEngine
 
     ms: list[float] = []
@@ -225,7 +227,7 @@ def aapa_run(folder: Path, steps: int, shape: Shape, anchored: bool) -> dict[str
             now = time.perf_counter()
             ms.append(1e3 * (now - self.start))
             self.start = now
-            if len(ms) == 2:
+            if len(ms) == WARM_UP:
                 seen.seconds = dict(parts.seconds)
 
     def engine(model: Any, tokenizer: Any, eos_ids: Any) -> TransformersEngine:
@@ -256,7 +258,7 @@ def aapa_run(folder: Path, steps: int, shape: Shape, anchored: bool) -> dict[str
         callbacks=[Clock(), *anchor],
     )
     trainer.fit(module, AapaDataModule(read_records(str(folder / "prompts.jsonl"))))
-    count = max(steps - 2, 1)
+    count = max(steps - WARM_UP, 1)
     found = {name: 1e3 * (value - seen.seconds.get(name, 0.0)) / count for name, value in parts.seconds.items()}
     responses = module.window.experience.rollouts.response_mask
     return {"ms": ms, "parts": found, "generated": (len(responses), int(responses.sum(-1).min()))}
@@ -271,7 +273,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     shape = shape_of(args.quick)
-    found = trl_run(args.folder, args.steps, shape) if args.kind == "trl" else aapa_run(args.folder, args.steps, shape, args.kind == "anchored")
+    found = (
+        trl_run(args.folder, args.steps, shape) if args.kind == "trl" else aapa_run(args.folder, args.steps, shape, args.kind == "anchored")
+    )
     print(json.dumps(found))
 
 
