@@ -134,3 +134,15 @@ def test_a_start_from_random_weights(kit, tiny_config, tiny_tokenizer, tmp_path,
     same(kit.weights(runs[0]), kit.weights(runs[1]))
     with pytest.raises(ConfigError, match=r"trained on random weights of seed 3 \(.* base model here is random weights of seed 4"):
         kit.fit(kit.make_module("grpo", replace(spec, seed=4)), kit.make_trainer(3), ckpt=tmp_path / "step=1.ckpt")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reference_reads_prompts_and_rows_as_the_policy_does(kit, spec, same, monkeypatch, packing):
+    """Prompts read once for their group, packed rows, a head with adapters: to the bit as with a copied reference."""
+    lora = replace(spec, packing=packing, lora=LoraSpec(r=4, target_modules=["q_proj", "up_proj", "lm_head"]))
+    options = {"beta": 0.1, "reward_kl": 0.1, "updates_per_window": 2}
+    monkeypatch.setattr("aapa_lightning.prefix.LEAST_SAVED", 1)
+    shared, rows = train(kit, lora, "grpo", **options)
+    copied, copied_rows = train(kit, lora, "grpo", frozen=lambda: plain(lora), **options)
+    same(kit.weights(shared), kit.weights(copied))
+    assert rows == copied_rows
