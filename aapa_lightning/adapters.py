@@ -141,7 +141,9 @@ def peft_package() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MissingDependencyError("adapters: expected the package peft, 0.18 or newer, found none or an older one; pip install 'aapa-lightning[peft]'") from error
+        raise MissingDependencyError(
+            "adapters: expected the package peft, 0.18 or newer, found none or an older one; pip install 'aapa-lightning[peft]'"
+        ) from error
     return peft
 
 
