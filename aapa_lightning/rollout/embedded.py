@@ -71,6 +71,8 @@ class EmbeddedEngine(RolloutEngine):
         keys = row_keys(seed, window, [(request.slot, sample) for request, sample in rows]).to(self.model.device)
         lockstep = is_sharded(self.model) and not (self.gather and can_gather(self.model))
         parts = [slice(start, start + (self.max_rows or len(rows))) for start in range(0, len(rows), self.max_rows or len(rows) or 1)]
+        # agreed on before the first of them: ranks that ask in the middle would wait for those that draw
+        turns = max_over_ranks(len(parts), self.model.device) if lockstep else len(parts)
         responses: list[Response] = []
         with nullcontext() if lockstep else gathered_parameters(self.model), generation_mode(self.model):
             for part in parts:
@@ -80,15 +82,14 @@ class EmbeddedEngine(RolloutEngine):
                 prompts = [list(request.prompt_ids) for request in chosen.values()]
                 owners = [place[id(request)] for request, _ in rows[part]]
                 responses += _responses(self.draw(prompts, owners, keys[part], params, lockstep=lockstep))
-            if lockstep:
-                self._keep_company(len(parts), params)
+            self._keep_company(turns - len(parts), params)
         return collate([request for request, _ in rows], responses, self.tokenizer, self.model.device)
 
-    def _keep_company(self, done: int, params: SamplingParams) -> None:
-        """Run the model as long as another rank has rows."""
-        device = self.model.device
-        for _ in range(max_over_ranks(done, device) - done):
-            self.draw([[self.tokenizer.pad_token_id]], [0], torch.zeros(1, dtype=torch.int64, device=device), params, lockstep=True)
+    def _keep_company(self, turns: int, params: SamplingParams) -> None:
+        """Run the model while another rank has rows."""
+        for _ in range(turns):
+            key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+            self.draw([[self.tokenizer.pad_token_id]], [0], key, params, lockstep=True)
 
     def stops(self, strings: Sequence[str]) -> Stops:
         """What ends a row. Kept, since stop strings are matched to the whole vocabulary when it is made."""
