@@ -17,6 +17,7 @@ from aapa_lightning.anchor.files import read_json
 from aapa_lightning.data.records import prompt_text
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
+from aapa_lightning.onednn import use_onednn
 from aapa_lightning.types import Record, SentenceSpans
 
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")
@@ -34,7 +35,8 @@ class SequenceClassifierDiscriminator(Discriminator):
         template: the input; ``{prompt}``, ``{response}`` and ``{reference}`` are filled in.
         max_length: tokens; longer inputs lose their beginning, so that the end of the response stays.
         temperature: divides the score; reward models are rarely calibrated.
-        batch_size: responses in one forward pass.
+        batch_size: most responses in one forward pass.
+        batch_tokens: most tokens in one forward pass, padding included.
         trust_remote_code: run code that comes with the weights.
     """
 
@@ -49,6 +51,7 @@ class SequenceClassifierDiscriminator(Discriminator):
         max_length: int = 512,
         temperature: float = 1.0,
         batch_size: int = 16,
+        batch_tokens: int = 8192,
         *,
         trust_remote_code: bool = False,
     ) -> None:
@@ -70,14 +73,17 @@ class SequenceClassifierDiscriminator(Discriminator):
         if self.model.config.num_labels > 2:
             raise ConfigError(f"sequence classifier {model!r} has {self.model.config.num_labels} outputs; expected 1 or 2")
         self.model.eval().requires_grad_(False)
+        use_onednn(self.model)
         self.settings = {
             "model": model,
             "template": template,
             "max_length": max_length,
             "temperature": temperature,
             "batch_size": batch_size,
+            "batch_tokens": batch_tokens,
         }
-        self.template, self.max_length, self.temperature, self.batch_size = template, max_length, temperature, batch_size
+        self.template, self.max_length, self.temperature = template, max_length, temperature
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.needs_experts = "{reference}" in template
         # the judged position is found from this id, also where the tokenizer pads with EOS
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -86,19 +92,26 @@ class SequenceClassifierDiscriminator(Discriminator):
     def score(self, responses: Sequence[str], records: Sequence[Record], spans: SentenceSpans) -> Tensor:
         """Log-odds float32 ``[S]``: every sentence of a response gets the response's own score."""
         texts = [self._fill(text, record) for text, record in zip(responses, records, strict=True)]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.zeros(len(texts), device=self.model.device)
-        for batch in self._batches(order):
-            inputs = self.tokenizer(
-                [texts[i] for i in batch], padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            ).to(self.model.device)
+        rows = self.tokenizer(texts, truncation=True, max_length=self.max_length) if texts else {"input_ids": []}
+        for batch in self._batches([len(ids) for ids in rows["input_ids"]]):
+            chosen = {name: [values[i] for i in batch] for name, values in rows.items()}
+            inputs = self.tokenizer.pad(chosen, padding=True, return_tensors="pt").to(self.model.device)
             logits = self.model(**inputs).logits.float()
             scores[batch] = logits[:, -1] - (logits[:, 0] if logits.shape[-1] == 2 else 0.0)
         return (scores / self.temperature)[spans.response_index.to(scores.device)]
 
-    def _batches(self, order: list[int]) -> Iterator[list[int]]:
-        size = self.batch_size if self.tokenizer.pad_token_id is not None else 1
-        return (order[i : i + size] for i in range(0, len(order), size))
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Indices in order of length, as many together as both budgets allow, at least one."""
+        most = self.batch_size if self.tokenizer.pad_token_id is not None else 1
+        batch: list[int] = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > self.batch_tokens):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     def _fill(self, response: str, record: Record) -> str:
         values = {"prompt": prompt_text(record.prompt), "response": response}

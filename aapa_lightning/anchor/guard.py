@@ -78,9 +78,11 @@ def measure(
 
 def _lengths(rollouts: Rollouts) -> Tensor:
     """Rows, tokens, minus the sum of log-probs, characters and the experts' characters (both only where there are experts)."""
-    pairs = [(len(text), _expert_length(record)) for text, record in zip(rollouts.texts, rollouts.records, strict=True) if record.experts]
+    different = {id(record): record for record in rollouts.records if record.experts}  # a group shares its record
+    lengths = {key: _expert_length(record) for key, record in different.items()}
+    pairs = [(len(text), lengths[id(record)]) for text, record in zip(rollouts.texts, rollouts.records, strict=True) if record.experts]
     mask = rollouts.response_mask
-    tokens, neg_logprob = int(mask.sum()), -float(rollouts.engine_logprobs[mask].double().sum())
+    tokens, neg_logprob = int(mask.sum()), -float(torch.where(mask, rollouts.engine_logprobs, 0).sum(dtype=torch.float64))
     return torch.tensor([len(rollouts), tokens, neg_logprob, sum(a for a, _ in pairs), sum(b for _, b in pairs)], dtype=torch.float64)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from aapa_lightning.anchor.checks import mean_expert_logits
+from aapa_lightning.anchor.classifier import SequenceClassifierDiscriminator
 from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.encoder import FrozenEncoder
 from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator, embed_references
@@ -111,3 +113,27 @@ def test_a_prompt_is_looked_up_once(encoder):
     records = [RECORDS[0]] * 3 + [RECORDS[1]] * 2
     assert mean_expert_logits(Bank(), records).tolist() == pytest.approx([(3 + len("Describe 0.")) / 3] * 5)
     assert Bank.asked == ["Describe 0.", "Describe 1."]
+
+
+def test_a_classifier_keeps_to_both_budgets(tmp_path, tiny_tokenizer):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", vocab_size=len(tiny_tokenizer), initializer_range=0.3, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    path, long = str(tmp_path), "abc def ghi jkl mno. " * 4
+    texts = ["abc", long, "a. b. c.", "x y", long + "abc", "def"]
+    rows = [Record(f"{i}") for i in range(len(texts))]
+    spans = segment_texts(texts, Segmenter(whole_response=True))
+    judge = SequenceClassifierDiscriminator(path, batch_size=3, batch_tokens=60)
+    shapes = []
+    judge.model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    found = judge.score(texts, rows, spans)
+    alone = [
+        judge.score([text], [row], segment_texts([text], Segmenter(whole_response=True))) for text, row in zip(texts, rows, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    batches = shapes[: len(shapes) - len(texts)]
+    assert [rows for rows, _ in batches] == [3, 1, 1, 1]
+    assert all(rows == 1 or rows * width <= 60 for rows, width in batches)
+    assert judge.score([], [], segment_texts([], Segmenter(whole_response=True))).shape == (0,)
