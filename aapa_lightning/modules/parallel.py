@@ -21,12 +21,30 @@ if TYPE_CHECKING:
 COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
+def refuse_engine(module: L.LightningModule) -> None:
+    """Raise ConfigError for settings of DeepSpeed that training in windows does not go with."""
+    trainer: Any = module._trainer
+    if trainer is None or not trainer.strategy.handles_gradient_accumulation:
+        return
+    if trainer.accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches: expected 1 under DeepSpeed, which counts optimiser steps by itself, found "
+            f"{trainer.accumulate_grad_batches}; use smaller windows, or --trainer.strategy fsdp2"
+        )
+    if trainer.strategy.zero_stage_3:
+        raise ConfigError(
+            "trainer.strategy: ZeRO stage 3 takes the weights apart before they are loaded; use --trainer.strategy fsdp2, which shards "
+            "them as well, or stage 2"
+        )
+
+
 def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a policy for a module; where the strategy shards, every rank only the rows that it keeps. All ranks call it together.
 
     Raises:
         ConfigError: what ``load_policy`` or ``place`` refuses, or quantised weights where the strategy shards.
     """
+    refuse_engine(module)
     precision = trainer_precision(module)
     if module.device_mesh is None:
         return load_policy(spec, precision)
@@ -53,8 +71,9 @@ def place(module: L.LightningModule, model: nn.Module) -> None:
     """Shard a model that every rank has loaded where the strategy shards (``fsdp2``, ``ModelParallelStrategy``); leave it alone elsewhere.
 
     Raises:
-        ConfigError: tensor parallelism, or a precision that sharding does not go with.
+        ConfigError: tensor parallelism, a precision that sharding does not go with, or what ``refuse_engine`` refuses.
     """
+    refuse_engine(module)
     mesh = module.device_mesh
     if mesh is None:
         return

@@ -219,6 +219,11 @@ class WindowedModule(L.LightningModule):
         healthy = norm if self._losses_finite else norm * float("nan")
         finite = all_finite(healthy, self.sum_over_ranks)
         if not finite:
+            if self.trainer.strategy.handles_gradient_accumulation:
+                raise RuntimeError(
+                    f"the loss of step {self.global_step} is not finite, and DeepSpeed, which keeps the gradients, would take the step; "
+                    "resume from the last checkpoint with a lower learning rate, or use --trainer.strategy fsdp2, which leaves it out"
+                )
             for parameter in self.parameters():
                 parameter.grad = None
         self._losses_finite = True

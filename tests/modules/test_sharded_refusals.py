@@ -1,0 +1,88 @@
+"""What does not go with sharded models, or with DeepSpeed, ends before training, with a way out."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from aapa_lightning.adapters import LoraSpec
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.modules.parallel import load_placed, place, refuse_engine
+from aapa_lightning.strategies import FSDP2Strategy
+
+
+class Mesh:
+    """Sizes by name."""
+
+    def __init__(self, data: int, tensor: int) -> None:
+        self.sizes = {"data_parallel": data, "tensor_parallel": tensor}
+
+    def __getitem__(self, name):
+        return SimpleNamespace(size=lambda: self.sizes[name])
+
+    def size(self):
+        return self.sizes["data_parallel"] * self.sizes["tensor_parallel"]
+
+
+def module_on(mesh=None, precision="32-true", accumulate=1, zero_stage_3=None):
+    """As much of a module as is asked for its strategy."""
+    strategy = SimpleNamespace(handles_gradient_accumulation=zero_stage_3 is not None, zero_stage_3=zero_stage_3)
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, accumulate_grad_batches=accumulate)
+    return SimpleNamespace(device_mesh=mesh, trainer=trainer, _trainer=trainer)
+
+
+def test_models_are_sharded_and_not_split():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size 1, found 2.*all 8 devices"):
+        place(module_on(Mesh(4, 2)), torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_other_precisions_are_refused(precision):
+    with pytest.raises(ConfigError, match=f"expected 32-true or bf16-mixed for sharded models, found {precision}"):
+        place(module_on(Mesh(2, 1), precision), torch.nn.Linear(1, 1))
+
+
+def test_quantised_weights_are_not_sharded(spec):
+    with pytest.raises(ConfigError, match=r"quantization=nf4.*use --trainer.strategy ddp"):
+        load_placed(module_on(Mesh(2, 1)), replace(spec, lora=LoraSpec(), quantization="nf4"))
+
+
+def test_settings_of_deepspeed():
+    refuse_engine(module_on(zero_stage_3=False))
+    refuse_engine(module_on(accumulate=4))
+    with pytest.raises(ConfigError, match=r"ZeRO stage 3 .* use --trainer.strategy fsdp2"):
+        refuse_engine(module_on(zero_stage_3=True))
+    with pytest.raises(ConfigError, match=r"expected 1 under DeepSpeed, .* found 4"):
+        refuse_engine(module_on(zero_stage_3=False, accumulate=4))
+
+
+def test_a_step_that_deepspeed_would_take_ends_the_run(kit, spec, monkeypatch):
+    class Poisoned(kit.L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            monkeypatch.setattr(type(trainer.strategy), "handles_gradient_accumulation", True)
+            trainer.strategy.zero_stage_3 = False
+            pl_module._losses_finite = False
+
+    with pytest.raises(RuntimeError, match="loss of step 0 is not finite, and DeepSpeed"):
+        kit.fit(kit.make_module("sft", spec), kit.make_trainer(1, callbacks=[Poisoned()]))
+
+
+def test_a_module_without_a_model_to_shard_is_named(kit):
+    class Head(kit.L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+    strategy = FSDP2Strategy()
+    strategy.connect(Head())
+    strategy._lightning_module = strategy.model
+    with pytest.raises(ConfigError, match="expected a module that can be sharded, found Head"):
+        strategy.setup(SimpleNamespace())
+
+
+def test_the_short_name_is_lightnings_strategy(kit):
+    trainer = kit.L.Trainer(strategy="fsdp2", accelerator="cpu", devices=3, logger=False, barebones=True)
+    assert isinstance(trainer.strategy, ModelParallelStrategy)
+    assert trainer.world_size == 3
