@@ -84,7 +84,12 @@ def export_policy(
 def _export_adapters(loaded: Mapping[str, Any], saved: Mapping[str, Any], out: str | Path, moved: PolicySpec, adapter: bool) -> None:
     trained = saved_spec(saved["lora"])
     spec = replace(trained, model=moved.model or trained.model, tokenizer=moved.tokenizer or saved["tokenizer"], quantization="none")
-    model, tokenizer = load_policy(spec)
+    try:
+        model, tokenizer = load_policy(spec)
+    except ConfigError as error:
+        raise ConfigError(
+            f"export: what the adapters lie on: {error}; name it with --base if it has moved, or use the run's export/"
+        ) from error
     if trained.quantization == "none":
         check_base(saved["lora"], model, repr(spec.model))
     check_names(loaded["state_dict"], model)

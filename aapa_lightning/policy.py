@@ -158,6 +158,8 @@ def _check_adapters(spec: PolicySpec) -> None:
         raise ConfigError(
             f"policy.quantization={spec.quantization}: quantised weights cannot be trained; add policy.lora, or leave quantization out"
         )
+    if spec.quantization == "int8" and spec.lora is not None and spec.lora.dora:
+        raise ConfigError("policy.lora.dora: peft's DoRA layers lose the scales of int8 weights; use quantization nf4, or dora false")
 
 
 def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

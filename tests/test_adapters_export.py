@@ -166,6 +166,10 @@ def test_what_an_export_refuses(run, spec, tiny_model_dir, tmp_path, capsys):
     export_policy(last, tmp_path / "export", base=str(tmp_path / "moved"), adapter=True)
     named = json.loads((tmp_path / "export" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(tmp_path / "moved")
+    with pytest.raises(
+        ConfigError, match=r"what the adapters lie on: policy.model: cannot load .*'gone'.* name it with --base if it has moved"
+    ):
+        export_policy(last, tmp_path / "none", base="gone")
     saved = torch.load(last, weights_only=True)
     saved["state_dict"].pop(next(name for name in saved["state_dict"] if "lora_A" in name))
     torch.save(saved, tmp_path / "spoilt.ckpt")

@@ -185,15 +185,16 @@ class ReferencePolicy:
         return self._compute(rows) if self.cache is None else self.cache(rows).to(self.device)
 
     def remember(self, rows: Iterable[Demonstration], **share: Any) -> None:
-        """Answer for all rows, where there is a cache, and drop the model. ``share`` is as of ``ReferenceCache.fill``.
+        """Answer for all rows, where there is a cache, and drop a copy of the model. ``share`` is as of ``ReferenceCache.fill``.
 
         Raises:
-            ConfigError: rows that are new, after the model was dropped.
+            ConfigError: rows that are new, after the copy was dropped.
         """
         if self.cache is not None:
             with nullcontext() if self.model is None else gathered_parameters(self.model):  # ranks have unequal shares
                 self.cache.fill(rows, self._compute, **share)
-            self.model = None
+            if self.model is not None and not has_adapters(self.model):
+                self.model = None
 
     @torch.no_grad()
     def _compute(self, rows: Sequence[Demonstration]) -> Tensor:
