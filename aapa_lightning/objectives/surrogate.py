@@ -62,7 +62,7 @@ def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_hi
     advantages = inputs.advantages.masked_fill(~mask, 0.0)
     losses = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
     if inputs.weights is not None:
-        losses = losses * inputs.weights.detach().masked_fill(~mask, 0.0)
+        losses = losses * inputs.weights.detach()
     with torch.no_grad():
         clipped = ((ratio < 1.0 - clip_low) & (advantages < 0)) | ((ratio > 1.0 + clip_high) & (advantages > 0))
         metrics = {

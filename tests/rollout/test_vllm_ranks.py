@@ -18,9 +18,9 @@ PUSH = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_vers
 
 @pytest.fixture
 def both_ranks(tiny_model_dir, tmp_path):
-    def run(url, kind):
+    def run(url, kind, folder=tmp_path / "weights"):
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{WORKER.parent}", "OMP_NUM_THREADS": "1"}
-        words = [url, tmp_path / "weights", tiny_model_dir, kind, tmp_path / "rendezvous", tmp_path / "out"]
+        words = [url, folder, tiny_model_dir, kind, tmp_path / "rendezvous", tmp_path / "out"]
         ranks = [
             subprocess.Popen(
                 [sys.executable, WORKER, *map(str, words)], env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
@@ -33,7 +33,7 @@ def both_ranks(tiny_model_dir, tmp_path):
             finally:
                 rank.kill()
             assert rank.returncode == 0, errors
-        assert not list((tmp_path / "weights").glob("*"))
+        assert not list(folder.glob("*"))
         return [json.loads((tmp_path / f"out.rank{rank}").read_text()) for rank in range(2)]
 
     return run
@@ -58,9 +58,15 @@ def test_one_rank_gives_whole_weights_and_both_draw(kind, both_ranks, vllm_serve
 
 
 @pytest.mark.slow
-def test_both_ranks_hear_of_a_push_that_failed(both_ranks, vllm_server):
+@pytest.mark.parametrize("culprit", ["server", "folder"])
+def test_both_ranks_hear_of_a_push_that_failed(culprit, both_ranks, vllm_server, tmp_path):
     server = vllm_server()
-    server.failures["/collective_rpc"] = [500] * 2
-    first, second = both_ranks(server.url, "fsdp2")
+    if culprit == "server":
+        server.failures["/collective_rpc"] = [500] * 2
+        first, second = both_ranks(server.url, "fsdp2")
+        assert "could not load the weights in" in first["error"]
+    else:  # one rank writes nothing, and the other must not wait for its part of the weights for ever
+        (tmp_path / "file").write_text("")
+        first, second = both_ranks(server.url, "fsdp2", tmp_path / "file" / "weights")
+        assert "engine.folder: cannot write" in first["error"]
     assert first == second
-    assert "could not load the weights in" in first["error"]
