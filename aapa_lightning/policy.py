@@ -13,9 +13,9 @@ from aapa_lightning.adapter_weights import adapter_base, merge_folder
 from aapa_lightning.adapters import LoraSpec, put_adapters
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError, in_one_line
-from aapa_lightning.lm_head import check_backend, set_logprob_backend
+from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
+from aapa_lightning.logprobs.packing import check_packing, set_packing
 from aapa_lightning.materialize import parameters_on_meta
-from aapa_lightning.packing import check_packing, set_packing
 from aapa_lightning.quantization import quantization_arguments
 
 if TYPE_CHECKING:

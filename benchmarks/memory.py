@@ -30,8 +30,8 @@ import torch
 from memory_report import report, write
 from torch import Tensor
 
-from aapa_lightning.chunked import chunked_logprobs
-from aapa_lightning.token_logprobs import token_logprobs
+from aapa_lightning.logprobs.chunked import chunked_logprobs
+from aapa_lightning.logprobs.tokens import token_logprobs
 
 Path_ = Callable[[Tensor, Tensor, Tensor], Tensor]
 TRL_CHUNK = 32_768  # of TRL's trainers, trl/trainer/utils.py

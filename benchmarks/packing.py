@@ -30,10 +30,9 @@ import timing
 import torch
 from torch import Tensor
 
-from aapa_lightning import packing
 from aapa_lightning.attention import use_flash_attention
-from aapa_lightning.logprobs import response_logprobs, set_packing
-from aapa_lightning.model_inputs import uses_flash
+from aapa_lightning.logprobs import packing, response_logprobs, set_packing
+from aapa_lightning.logprobs.inputs import uses_flash
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}

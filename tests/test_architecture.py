@@ -37,8 +37,8 @@ FORBIDDEN = {
         f"{A}.loop",
     ),
     **{
-        f"{A}/{name}.py": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
-        for name in ("logprobs", "token_logprobs", "lm_head", "chunked", "packing", "packing_trial", "model_inputs", "attention")
+        f"{A}/{name}": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
+        for name in ("logprobs", "attention.py", "sharding.py")
     },
     f"{A}/advantages.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop"),
     f"{A}/objectives": (*TRAINER, "transformers", "datasets", f"{A}.anchor", f"{A}.rollout", f"{A}.rewards", f"{A}.data", f"{A}.loop"),

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aapa_lightning.chunked import Cap, chunked_logprobs
-from aapa_lightning.token_logprobs import token_logprobs
+from aapa_lightning.logprobs.chunked import Cap, chunked_logprobs
+from aapa_lightning.logprobs.tokens import token_logprobs
 
 CAPS = [Cap(), Cap(0.25), Cap(1.0, 3.0), Cap(6.0, 2.0)]
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aapa_lightning import lm_head
 from aapa_lightning.errors import ConfigError, MissingDependencyError
+from aapa_lightning.logprobs import head as lm_head
 from aapa_lightning.logprobs import response_logprobs, sequence_logprobs, set_logprob_backend
 
 SIZES = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import response_logprobs, sequence_logprobs, set_packing
-from aapa_lightning.packing import _bins, pack
+from aapa_lightning.logprobs.packing import _bins, pack
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.lm_head import streaming_backend
+from aapa_lightning.logprobs.head import streaming_backend
 from aapa_lightning.policy import (
     PolicySpec,
     eos_token_ids,

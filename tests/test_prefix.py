@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from aapa_lightning import prefix
-from aapa_lightning.logprobs import response_logprobs, set_packing
+from aapa_lightning.logprobs import prefix, response_logprobs, set_packing
 from aapa_lightning.loop.window import common_group_size
 
 COMMON = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -43,7 +43,7 @@ def run(mode, backend, rank, group_size):
 
 
 def work():
-    from aapa_lightning import prefix
+    from aapa_lightning.logprobs import prefix
 
     prefix.LEAST_SAVED = -1  # a rank of short prompts would save nothing: under DDP it need not share, here both do
     torch.distributed.init_process_group("gloo")

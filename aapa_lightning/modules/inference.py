@@ -57,8 +57,8 @@ class InferenceModule(L.LightningModule):
         reward_weights: one per reward; 1 each by default.
         judges: measures for evaluation alone; no training sees them.
         seed: of data order and sampling; None takes ``seed_everything``'s.
-        engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first three
-            arguments are filled in).
+        engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first
+            three arguments are filled in).
         rollout_rows: responses that an embedded engine generates at once; None for all.
         eval_batch_size: prompts of an evaluation batch.
         eval_samples: responses per prompt in evaluation; 0 evaluates expert likelihood alone.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.lm_head import causal_model
+from aapa_lightning.logprobs.head import causal_model
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.rollout.rows import Stops, pad_left, perturb
 

@@ -142,7 +142,7 @@ def test_a_reference_reads_prompts_and_rows_as_the_policy_does(kit, spec, same, 
     """Prompts read once for their group, packed rows, a head with adapters: to the bit as with a copied reference."""
     lora = replace(spec, packing=packing, lora=LoraSpec(r=4, target_modules=["q_proj", "up_proj", "lm_head"]))
     options = {"beta": 0.1, "reward_kl": 0.1, "updates_per_window": 2}
-    monkeypatch.setattr("aapa_lightning.prefix.LEAST_SAVED", 1)
+    monkeypatch.setattr("aapa_lightning.logprobs.prefix.LEAST_SAVED", 1)
     shared, rows = train(kit, lora, "grpo", **options)
     copied, copied_rows = train(kit, lora, "grpo", frozen=lambda: plain(lora), **options)
     same(kit.weights(shared), kit.weights(copied))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from aapa_lightning import packing
 from aapa_lightning.attention import _FLASH
+from aapa_lightning.logprobs import packing
 
 ROOT = Path(__file__).parents[2]
 MODES = ("ddp", "fsdp", "reshard", "head", "half")

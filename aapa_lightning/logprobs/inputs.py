@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.lm_head import causal_model, text_config
+from aapa_lightning.logprobs.head import causal_model, text_config
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.lm_head import causal_model, head_answers, text_config
-from aapa_lightning.model_inputs import packed_inputs, uses_flash
-from aapa_lightning.packing_trial import refusal
+from aapa_lightning.logprobs.head import causal_model, head_answers, text_config
+from aapa_lightning.logprobs.inputs import packed_inputs, uses_flash
+from aapa_lightning.logprobs.trial import refusal
 
 #: Why a model cannot be packed ("" for none), by its attention implementation.
 _TRIED: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()

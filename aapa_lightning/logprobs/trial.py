@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.chunked import product_dtype
 from aapa_lightning.errors import in_one_line
-from aapa_lightning.lm_head import causal_model, compiled, head_answers, text_config, vocabulary
-from aapa_lightning.model_inputs import packed_inputs, padded_inputs
-from aapa_lightning.token_logprobs import token_logprobs
+from aapa_lightning.logprobs.chunked import product_dtype
+from aapa_lightning.logprobs.head import causal_model, compiled, head_answers, text_config, vocabulary
+from aapa_lightning.logprobs.inputs import packed_inputs, padded_inputs
+from aapa_lightning.logprobs.tokens import token_logprobs
 
 #: What a model's rows may see of other rows, as a share of what they would see of them in one row.
 _LEAK = 1e-3

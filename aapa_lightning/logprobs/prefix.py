@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.lm_head import causal_model, head_answers
+from aapa_lightning.logprobs.head import causal_model, head_answers
 from aapa_lightning.sharding import is_sharded
 
 #: Below so many tokens saved, reading prompts apart costs more than it saves.

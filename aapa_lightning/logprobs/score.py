@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens under a causal language model."""
+"""Log-probs of responses and demonstrations: how a model is called, and where its log-probs come from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.lm_head import HeadScorer, causal_model, seen, set_logprob_backend, streaming_backend
-from aapa_lightning.model_inputs import padded_inputs
-from aapa_lightning.packing import pack, set_packing
-from aapa_lightning.prefix import Prefixes, sharing_pays
-from aapa_lightning.token_logprobs import token_logprobs
-
-__all__ = ["response_logprobs", "sequence_logprobs", "set_logprob_backend", "set_packing", "token_logprobs"]
+from aapa_lightning.logprobs.head import HeadScorer, causal_model, seen, streaming_backend
+from aapa_lightning.logprobs.inputs import padded_inputs
+from aapa_lightning.logprobs.packing import pack
+from aapa_lightning.logprobs.prefix import Prefixes, sharing_pays
+from aapa_lightning.logprobs.tokens import token_logprobs
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

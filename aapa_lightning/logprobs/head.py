@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aapa_lightning.chunked import Cap, chunked_logprobs, product_dtype
 from aapa_lightning.errors import MissingDependencyError, choose
-from aapa_lightning.token_logprobs import token_logprobs
+from aapa_lightning.logprobs.chunked import Cap, chunked_logprobs, product_dtype
+from aapa_lightning.logprobs.tokens import token_logprobs
 
 #: ``auto`` streams vocabularies from this size on: below it, logits cost little memory and one product is faster than tiles.
 LARGE_VOCABULARY = 16_384
