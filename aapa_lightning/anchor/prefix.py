@@ -9,21 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from aapa_lightning.logprobs.prefix import cache_behind
 from aapa_lightning.types import pad_right
-
-
-class _PrefixLayer(DynamicLayer):
-    """Keys and values of prefixes for the rows of one forward pass; the rows' own are not kept."""
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self._before, self._rows = (keys, values), rows
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = (states[self._rows] for states in self._before)
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 class Prefixes:
@@ -59,13 +46,11 @@ class Prefixes:
             mask: int64 ``[B, L]``, 1 on the rows' tokens.
         """
         index = torch.tensor(rows, device=mask.device)
-        cache: Any = DynamicCache()
-        cache.layers = [_PrefixLayer(keys, values, index) for keys, values in self._layers]
         return {
             "attention_mask": torch.cat([self.mask[index], mask], -1),
             # standing still after the end of a row, so that no position is beyond what the model knows
             "position_ids": self.lengths[index, None] + (mask.cumsum(-1) - 1).clamp_min(0),
-            "past_key_values": cache,
+            "past_key_values": cache_behind(self._layers, lambda states: states[index]),
             "use_cache": True,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,31 +59,37 @@ class Prefixes:
         Args:
             inputs: what it would be called with for whole rows: ``input_ids``, ``position_ids`` and ``attention_mask``, ``[N, P + T]``.
         """
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache()
-        cache.layers = [_layer(keys, values, self._group_size) for keys, values in self._layers]
         rest = {name: inputs[name][:, self.width :] for name in ("input_ids", "position_ids")}
-        return inputs | rest | {"past_key_values": cache, "use_cache": True}
+        return inputs | rest | {"past_key_values": cache_behind(self._layers, self._repeat), "use_cache": True}
+
+    def _repeat(self, states: Tensor) -> Tensor:
+        # an expansion, whose gradient is a sum in fixed order
+        return states[:, None].expand(-1, self._group_size, -1, -1, -1).flatten(0, 1)
 
 
-def _layer(keys: Tensor, values: Tensor, group_size: int) -> Any:
-    from transformers.cache_utils import DynamicLayer
+def cache_behind(layers: Sequence[tuple[Tensor, Tensor]], spread: Callable[[Tensor], Tensor]) -> Any:
+    """A cache of ``transformers`` in which prefixes stand before the rows of every forward; what a forward adds is not kept.
+
+    Args:
+        layers: keys and values of the prefixes, ``[U, heads, P, D]`` each.
+        spread: from ``[U, ...]`` to ``[N, ...]``, the prefix of each row.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class Prefix(DynamicLayer):
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values  # by which masks are sized
+            self._before = (keys, values)
+
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            # what a forward adds is not kept
-            return torch.cat([repeat(self.keys), key_states], -2), torch.cat([repeat(self.values), value_states], -2)
+            keys, values = map(spread, self._before)
+            return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
-    def repeat(states: Any) -> Tensor:
-        # an expansion, whose gradient is a sum in fixed order
-        repeated: Tensor = states[:, None].expand(-1, group_size, -1, -1, -1).flatten(0, 1)
-        return repeated
-
-    layer = Prefix()
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
+    cache: Any = DynamicCache()
+    cache.layers = [Prefix(*layer) for layer in layers]
+    return cache
 
 
 def sharing_pays(model: nn.Module, prompt_mask: Tensor, group_size: int) -> bool:
