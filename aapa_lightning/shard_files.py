@@ -158,6 +158,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+def read_step(path: str | os.PathLike[str]) -> int:
+    """The optimiser steps that a checkpoint was taken after; also of a folder that Lightning's own ``ModelParallelStrategy`` wrote."""
+    lightnings = Path(path) / "meta.pt"
+    return int((_read(lightnings) if lightnings.is_file() else read_checkpoint(path))["global_step"])
+
+
 def in_memory(tree: Any) -> Any:
     """A part of what ``read_checkpoint`` gave, with whole tensors in the place of those in several files; tied ones once."""
     kept: dict[int, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -86,5 +87,6 @@ def place(module: L.LightningModule, model: nn.Module) -> None:
     if trainer.precision not in COMPUTE_DTYPES:
         raise ConfigError(f"trainer.precision: expected {' or '.join(COMPUTE_DTYPES)} for sharded models, found {trainer.precision}")
     shard_model(model, mesh["data_parallel"], COMPUTE_DTYPES[trainer.precision])
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # which nothing here changes in place
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False  # parameters gathered there would be inference tensors, of no use in training
