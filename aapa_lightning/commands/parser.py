@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import NoReturn
+from typing import NoReturn, Union, get_args
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -22,6 +23,19 @@ def import_components() -> None:
         package = importlib.import_module(f"aapa_lightning.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def tell_numbers_apart() -> None:
+    """Have the trainer's options that take an int or a float, such as ``limit_val_batches``, read 1 as 1 batch, not as 1.0, all of them.
+
+    jsonargparse tries a union's members in order, and ``typing`` caches unions without regard to it: what Lightning spells
+    ``Optional[Union[int, float]]`` comes out the other way round where another library's ``Optional[Union[float, int]]`` was cached.
+    """
+    hints = Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        members = get_args(hint)
+        if int in members and float in members:
+            hints[name] = Union[tuple(sorted(members, key=lambda member: member is not int))]  # noqa: UP007  # as many as there are
 
 
 class Parser(LightningArgumentParser):

@@ -24,7 +24,7 @@ from aapa_lightning.callbacks.samples import SampleWriter
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.cli import TRAINER_COMMANDS
 from aapa_lightning.commands.config_files import names_data_class
-from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs
+from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs, tell_numbers_apart
 from aapa_lightning.errors import ConfigError, users_cause
 from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
@@ -39,14 +39,14 @@ DEFAULT_DATA = {"class_path": "aapa_lightning.data.datamodule.AapaDataModule"}
 CALL_KEYS = ("config", "resume", "test", "ckpt_path", "weights_only", "verbose", "return_predictions")
 
 
-def run_trainer(arguments: list[str]) -> int:
-    """Run one of the trainer commands; ``arguments`` starts with its name."""
+def run_trainer(arguments: list[str], cli: type[AapaCLI] | None = None) -> int:
+    """Run one of the trainer commands; ``arguments`` starts with its name. ``cli`` is the class that does, AapaCLI if left out."""
     import_components()
     warnings.filterwarnings("ignore", message=r"[\s\S]*(deprecated in v4|JSONARGPARSE_DEPRECATION)")  # calls of LightningCLI
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's call of torch's trees
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # a run without validation
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
-    AapaCLI(arguments)
+    (cli or AapaCLI)(arguments)
     return 0
 
 
@@ -62,6 +62,7 @@ class AapaCLI(LightningCLI):
 
     def __init__(self, arguments: list[str], run: bool = True) -> None:
         self._arguments = arguments
+        tell_numbers_apart()
         descriptions = {name: parser_kwargs(name) for name in TRAINER_COMMANDS}
         super().__init__(
             LightningModule,
@@ -120,7 +121,7 @@ class AapaCLI(LightningCLI):
 
     def _default_run_dir(self) -> str:
         name = self._get(self.config, "model").class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
-        callbacks = _as_list(self._get(self.config, "trainer").callbacks)
+        callbacks = as_list(self._get(self.config, "trainer").callbacks)
         anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in callbacks)
         return f"runs/{'aapa-' if anchored else ''}{name}"
 
@@ -151,7 +152,7 @@ class AapaCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config["logger"])
-        config["plugins"] = plugins = _as_list(config["plugins"])
+        config["plugins"] = plugins = as_list(config["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         try:
@@ -174,7 +175,7 @@ class AapaCLI(LightningCLI):
             ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours
-        return ours + _as_list(chosen)
+        return ours + as_list(chosen)
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         ours: list[Callback] = []
@@ -182,7 +183,7 @@ class AapaCLI(LightningCLI):
             ours.append(ResponseWriter(self._response_file()))
         elif self.subcommand == "fit" and not self._dry:
             ours.append(RunFolder(self.run_dir, self._resolved()))
-            if not any(isinstance(callback, SampleWriter) for callback in _as_list(config["callbacks"])):
+            if not any(isinstance(callback, SampleWriter) for callback in as_list(config["callbacks"])):
                 ours.append(SampleWriter())
         return ours if self._dry or config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
 
@@ -238,7 +239,8 @@ class AapaCLI(LightningCLI):
             write_json(self.run_dir / name, {key: float(value) for row in results for key, value in row.items()})
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """The value as a list; empty for None and the like."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
