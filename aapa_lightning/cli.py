@@ -32,6 +32,11 @@ COMMANDS = {
     "test": Command("train", "measure a run on its test split", "aapa test --config runs/grpo/config.yaml"),
     "predict": Command("train", "write a policy's responses to a file", "aapa predict --config runs/sft/config.yaml"),
     "recipe": Command("recipe", "run the stages of a recipe in order", "aapa recipe configs/recipes/quickstart.yaml"),
+    "ray": Command(
+        "ray",
+        "run a trainer command on a Ray cluster",
+        "aapa ray --workers 2 fit --config configs/debug/base.yaml --config configs/debug/sft.yaml",
+    ),
     "bank": Command(
         "bank", "build a bank of expert responses", "aapa bank build --data train.jsonl --discriminator runs/disc/export --out bank"
     ),
@@ -73,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if _is_users(error):
+        if is_users_error(error):
             print(f"aapa: error: {error}", file=sys.stderr)
             return 2
         traceback.print_exc()
@@ -107,7 +112,7 @@ def _dispatch(arguments: list[str]) -> int:
     return int(module.run(parser.parse_args(arguments[1:])))
 
 
-def _is_users(error: Exception) -> bool:
+def is_users_error(error: BaseException) -> bool:
     """Whether the error is a mistake in the input; Lightning's own class counts where Lightning is loaded."""
     exceptions = sys.modules.get("lightning.pytorch.utilities.exceptions")
     return isinstance(error, AapaError) or (exceptions is not None and isinstance(error, exceptions.MisconfigurationException))
