@@ -18,6 +18,7 @@ _EXPORTS = {
     "ExpertBank": "anchor.bank",
     "GRPOModule": "modules.grpo",
     "InferenceModule": "modules.inference",
+    "LoraSpec": "adapters",
     "PolicySpec": "policy",
     "PreferenceModule": "modules.preference",
     "PromptFormat": "data.prompt_format",
@@ -36,6 +37,7 @@ _EXPORTS = {
 __all__ = [*_EXPORTS]  # noqa: PLE0604 - the keys are strings
 
 if TYPE_CHECKING:
+    from aapa_lightning.adapters import LoraSpec
     from aapa_lightning.anchor.bank import ExpertBank
     from aapa_lightning.anchor.load import load_discriminator
     from aapa_lightning.anchor.segment import Segmenter

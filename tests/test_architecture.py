@@ -38,7 +38,7 @@ FORBIDDEN = {
     ),
     **{
         f"{A}/{name}": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
-        for name in ("logprobs", "attention.py", "sharding.py")
+        for name in ("logprobs", "attention.py", "sharding.py", "adapters.py", "adapter_weights.py", "quantization.py", "remote.py")
     },
     f"{A}/advantages.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop"),
     f"{A}/objectives": (*TRAINER, "transformers", "datasets", f"{A}.anchor", f"{A}.rollout", f"{A}.rewards", f"{A}.data", f"{A}.loop"),

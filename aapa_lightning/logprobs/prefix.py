@@ -117,7 +117,7 @@ def can_share(model: nn.Module) -> bool:
     inner: Any = causal_model(model)
     if inner not in _CAN_SHARE:
         state = torch.get_rng_state()
-        _CAN_SHARE[inner] = _keeps_all_tokens(inner) and _tried(model)
+        _CAN_SHARE[inner] = _keeps_all_tokens(inner) and not _drops(inner) and _tried(model)
         torch.set_rng_state(state)
     return _CAN_SHARE[inner]
 
@@ -128,6 +128,13 @@ def _keeps_all_tokens(inner: Any) -> bool:
     zero3 = any(hasattr(p, "ds_id") for p in inner.parameters())
     called = {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys()
     return called and kinds <= _ATTENTION and not zero3 and isinstance(inner.get_output_embeddings(), nn.Module)
+
+
+def _drops(inner: nn.Module) -> bool:
+    """Whether units are dropped in training: the same ones of a prompt for all rows of its group, if it were shared."""
+    named = [(name, value) for module in inner.modules() for name, value in vars(module).items()]
+    inside = any(isinstance(value, float) and value > 0 for name, value in named if name.endswith(("dropout", "layerdrop")))
+    return inside or any(isinstance(module, nn.Dropout) and module.p > 0 for module in inner.modules())
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from aapa_lightning.types import Rollouts
 class ReplicaEngine(RolloutEngine):
     """Generates as ``TransformersEngine`` does, with a copy of the model that ``sync`` brings up to date.
 
-    For asynchronous rollouts without a server: it takes the memory of the weights once more. Log-probs are those of the weights at the
-    last ``sync``.
+    For asynchronous rollouts without a server: it takes the memory of the trained weights once more; frozen ones (under adapters, the base
+    model) are shared. Log-probs are those of the weights at the last ``sync``.
 
     Args:
         model: the policy; whole on this rank.
@@ -46,11 +46,13 @@ class ReplicaEngine(RolloutEngine):
             raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
         if self._engine is None:
             # made here and not at the start, when the policy was not yet on its device
-            model = copy.deepcopy(self._source).eval().requires_grad_(False)
+            frozen: dict[int, Any] = {id(p): p for p in self._source.parameters() if not p.requires_grad}
+            model = copy.deepcopy(self._source, frozen).eval().requires_grad_(False)
             self._engine = TransformersEngine(model, self._tokenizer, self._eos_ids, max_rows=self._max_rows)
         elif step != self._step:
             for mine, current in zip(self._engine.model.parameters(), self._source.parameters(), strict=True):
-                mine.copy_(current)
+                if mine is not current:
+                    mine.copy_(current)
         self._step = step
 
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
