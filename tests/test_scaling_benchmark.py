@@ -48,13 +48,14 @@ def test_a_step_learns_and_the_anchor_joins_it(tmp_path):
     case = anchor_case.Case.make(anchor_case.write_policy(tmp_path))
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     assert case.rollouts(2, 2, 8).response_mask.all()
-    bare = case.step(2, 4, 8)
-    assert any(not torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    assert abs(case.step(2, 4, 8)) < 1  # on policy and with equal lengths it is all but 0, whatever its gradient
+    bare = case.model.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in bare.items())
     again = anchor_case.Case.make(str(tmp_path))
     anchor = anchor_case.make_anchor(str(tmp_path))
     seen = []
-    anchored = again.step(2, 4, 8, anchor, over_ranks=lambda value: seen.append(value.shape) or value)
-    assert anchored != bare
+    again.step(2, 4, 8, anchor, over_ranks=lambda value: seen.append(value.shape) or value)
+    assert any(not torch.equal(value, bare[name]) for name, value in again.model.state_dict().items())
     assert anchor.windows == 1
     assert max(shape.numel() for shape in seen) == sum(weight.numel() for weight in again.model.parameters())
 
