@@ -138,12 +138,13 @@ def test_ranks_skip_together(folder):
 
 
 def test_a_rank_lost_while_writing_costs_one_step(folder, worker, tiny_model_dir):
-    """The last good checkpoint is whole, lies inside a window, and leads to the very same end; so do a file and one process."""
+    """The last good checkpoint is whole, lies inside a window, and leads to the very same end; so do a file, one process, and copies."""
     policy, last = str(tiny_model_dir), folder / "dying" / "checkpoints" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] == 5
     assert len(list(last.parent.glob(".last.ckpt.*"))) == 2
     jobs = [_run(folder, "dying", policy, ckpt=str(last))]
     jobs.append(_run(folder, "files", policy, ckpt=str(folder / "files" / "checkpoints" / "last.ckpt"), strategy="fsdp2 full"))
+    jobs.append(_run(folder, "copied", policy, ckpt=str(folder / "whole" / "checkpoints" / "step=5.ckpt"), strategy="ddp"))
     code, output = worker.kit.launch(WORKER, jobs, folder / "second.json", strategy="fsdp2")
     assert code == 0, output[-5000:]
     assert len(list(last.parent.glob(".last.ckpt.*"))) == 1
@@ -155,7 +156,8 @@ def test_a_rank_lost_while_writing_costs_one_step(folder, worker, tiny_model_dir
             torch.testing.assert_close(whole["optimizer"], again["optimizer"], rtol=0, atol=0)
         assert (folder / name / "metrics.csv").read_text() == (folder / "whole" / "metrics.csv").read_text()
     worker.run(_run(folder, "one", policy, ckpt=str(folder / "whole" / "checkpoints" / "step=4.ckpt")), 0, 1)
-    same(whole, load(folder / "one.out.rank0"), atol=1e-3)
+    for name in ("one", "copied"):
+        same(whole, load(folder / f"{name}.out.rank0"), atol=1e-3)
 
 
 def test_other_ranks_are_refused_inside_a_window(folder, worker, tiny_model_dir):
