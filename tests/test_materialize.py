@@ -108,6 +108,76 @@ def test_two_ranks_fill_their_rows(folder):
     assert [name for name in CASES if f"filled: {name}\n" in done.stdout] == list(CASES)
 
 
+MIB = 2**20
+
+
+def measure(folder):
+    """Private memory at most in use while a large policy is loaded, in shares of its float32 weights: filled by rows, and whole."""
+    import threading
+    import time
+
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from aapa_lightning.materialize import fill_model
+    from aapa_lightning.sharding import shard_model
+
+    def private():
+        return next(
+            int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+        )
+
+    def watched(load):
+        before, peaks, done = private(), [0], threading.Event()
+
+        def watch():
+            while not done.is_set():
+                peaks.append(private())
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model = load()
+        done.set()
+        thread.join()
+        return model, max(peaks) - before
+
+    torch.distributed.init_process_group("gloo")
+    mesh, spec = init_device_mesh("cpu", (2,)), PolicySpec(folder)
+
+    def by_rows():
+        model, _ = load_policy(spec, weights=False)
+        shard_model(model, mesh)
+        fill_model(model, torch.device("cpu"), folder=folder, revision=None, load=refuse)
+        return model
+
+    watched(lambda: load_policy(spec, weights=False)[0])  # what is imported on the way
+    filled, rows = watched(by_rows)
+    size = 4 * sum(p.numel() for p in filled.parameters())
+    _, whole = watched(lambda: load_policy(spec)[0])
+    print(f"rank {torch.distributed.get_rank()}: {rows / size:.3f} {whole / size:.3f} of {size / MIB:.0f} MiB", flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process where Linux tells it")
+def test_a_rank_takes_the_memory_of_its_rows(tmp_path, tiny_tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "head_dim": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(tmp_path), "measure"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    shares = [[float(share) for share in line.split()[2:4]] for line in done.stdout.splitlines() if line.startswith("rank ")]
+    assert len(shares) == 2
+    for rows, whole in shares:
+        assert rows < 0.65  # half of the weights, and the largest tensor on its way
+        assert whole > 0.95
+
+
 def test_only_parameters_are_left_without_memory():
     with parameters_on_meta():
         layer = torch.nn.BatchNorm1d(3)
@@ -126,4 +196,4 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path, tiny_tokenizer):
 
 
 if __name__ == "__main__":
-    work(sys.argv[1])
+    (measure if sys.argv[2:] else work)(sys.argv[1])

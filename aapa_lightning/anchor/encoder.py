@@ -198,7 +198,8 @@ def _hash_encoder(model: Any, tokenizer: Any) -> str:
 def hash_tensors(salt: str, tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, types, shapes and bytes of tensors, in order of name."""
     digest = hashlib.sha256(salt.encode())
-    for name, value in sorted(tensors.items()):
+    for name in sorted(tensors):  # one at a time: each may be gathered from several ranks when it is looked at
+        value = tensors[name]
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
