@@ -28,10 +28,10 @@ def use_onednn(model: nn.Module) -> int:
     layers: list[Any] = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.forward = MethodType(_linear, layer)
-    for block in model.modules():
-        if _is_gated(block):
-            usual, block.forward = block.forward, MethodType(_gated, block)
-            block._usual_forward = usual
+    blocks: list[Any] = [module for module in model.modules() if _is_gated(module)]
+    for block in blocks:
+        usual, block.forward = block.forward, MethodType(_gated, block)
+        block._usual_forward = usual
     return len(layers)
 
 
@@ -60,7 +60,7 @@ def _gated(self: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _is_gated(block: Any) -> bool:
     """Whether a block is the gated perceptron of Llama and its many relatives: by its names, and by what it computes."""
-    parts = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts: list[Any] = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(type(part) is nn.Linear for part in parts) or not _applies(parts[0].weight[:1], parts[0]):
         return False
     x = torch.linspace(-2, 2, 3 * parts[0].in_features).view(3, -1)
