@@ -51,20 +51,19 @@ def fill_model(model: nn.Module, device: torch.device, *, folder: str | None, re
         ConfigError: ``load`` refuses, on rank 0; the others raise what it said.
     """
     tensors = _materialize(model, device)
-    whole = None
-    verdict: list[Any] = [None]
+    whole, refusal = None, None
     if torch.distributed.get_rank() == 0:
         try:
             if folder is None or not _covers(_files(folder, revision), tensors):
                 whole = load().state_dict()
-            verdict = ["files" if whole is None else "rank 0"]
         except AapaError as error:
-            verdict = [error]
-    said = [str(verdict[0]) if isinstance(verdict[0], AapaError) else None, verdict[0] if isinstance(verdict[0], str) else None]
+            refusal = error
+    said: list[Any] = [whole is None, refusal and str(refusal)]
     torch.distributed.broadcast_object_list(said, 0)
-    if said[0] is not None:
-        raise verdict[0] if isinstance(verdict[0], AapaError) else ConfigError(said[0])
-    if said[1] == "files" and folder is not None:
+    from_files, message = said
+    if message is not None:
+        raise refusal or ConfigError(message)
+    if from_files and folder is not None:
         _read(_files(folder, revision), tensors)
     else:
         _receive(whole, tensors, device)

@@ -20,6 +20,7 @@ TRAINER = (
     f"{A}.commands",
     f"{A}.runs",
     f"{A}.checkpoint_io",
+    f"{A}.strategies",
 )
 
 #: What the files of a room never import, anywhere, not even inside a function.
@@ -40,6 +41,11 @@ FORBIDDEN = {
         f"{A}/{name}": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
         for name in ("logprobs", "attention.py", "sharding.py", "adapters.py", "adapter_weights.py", "quantization.py", "remote.py")
     },
+    **{
+        f"{A}/{name}.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop")
+        for name in ("sharding", "shard_files")
+    },
+    f"{A}/materialize.py": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop", f"{A}.policy"),
     f"{A}/advantages.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop"),
     f"{A}/objectives": (*TRAINER, "transformers", "datasets", f"{A}.anchor", f"{A}.rollout", f"{A}.rewards", f"{A}.data", f"{A}.loop"),
     f"{A}/anchor": (*TRAINER, f"{A}.objectives", f"{A}.rewards", f"{A}.loop"),
