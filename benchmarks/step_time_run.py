@@ -44,6 +44,17 @@ def shape_of(quick: bool) -> Shape:
     return QUICK if quick else CUDA if torch.cuda.is_available() else CPU
 
 
+def word_tokenizer(size: int) -> Any:
+    """A word a token, so that what a policy with random weights writes is text, which an encoder reads in as many tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *(f"w{i}." if i % 12 == 0 else f"w{i}" for i in range(size - 2))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
 def prepare(folder: Path, quick: bool) -> dict[str, int]:
     """Write model, tokenizer, prompts and discriminator."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -52,13 +63,12 @@ def prepare(folder: Path, quick: bool) -> dict[str, int]:
     from aapa_lightning.anchor.encoder import FrozenEncoder
     from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
     from aapa_lightning.anchor.head import StackedHead
-    from aapa_lightning.data.tokenizer import train_tokenizer
 
     shape = shape_of(quick)
-    words = [f"{a}{b}" for a in ("har", "bo", "cal", "mi", "to", "ven", "sul", "ra") for b in ("ly", "dor", "ne", "tan", "gis", "or")]
-    texts = [" ".join(words[(i * 7 + j * (i % 5 + 1)) % len(words)] for j in range(shape.prompt_tokens)) + "." for i in range(64)]
-    tokenizer = train_tokenizer(texts, vocab_size=min(shape.vocabulary, 1024), chat_template=None)
-    prompts = [tokenizer.decode(tokenizer(text)["input_ids"][: shape.prompt_tokens - i % 8]) for i, text in enumerate(texts)]
+    tokenizer = word_tokenizer(min(shape.vocabulary, 1024))
+    pick = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, len(tokenizer), (shape.prompt_tokens - i % 8,), generator=pick).tolist() for i in range(64)]
+    prompts = [tokenizer.decode(row) for row in rows]
     config = AutoConfig.for_model(
         "qwen3",
         hidden_size=shape.hidden,
