@@ -1,9 +1,10 @@
-"""The same configuration on a Ray cluster: two workers on this machine train what two processes of torchrun do, to the bit."""
+"""The same configuration on a Ray cluster: two workers, on one node or two, train what two processes of torchrun do, to the bit."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +75,9 @@ def run(folder, *words):
     return code, (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
 
 
-def on_ray(folder, address, *words):
-    return run(folder, "aapa_lightning.cli", "ray", "--workers=2", f"--address={address}", "--", "fit", *CONFIGS, *SHORT, *words)
+def on_ray(folder, address, *words, cpus=1):
+    cluster = [f"--address={address}", "--workers=2", f"--cpus-per-worker={cpus}"]
+    return run(folder, "aapa_lightning.cli", "ray", *cluster, "--", "fit", *CONFIGS, *SHORT, *words)
 
 
 def under_torchrun(folder, *words):
@@ -103,6 +105,14 @@ def home(tmp_path_factory):
         yield folder
 
 
+def test_a_wrong_address_is_found_at_once(capsys):
+    pytest.importorskip("ray", reason=f"Ray {RAY}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and nobody listens
+        assert main(["ray", "--address", f"127.0.0.1:{free.getsockname()[1]}", "fit", *CONFIGS]) == 2
+    assert "expected a running Ray cluster, found none (ConnectionRefusedError" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_strategy_that_starts_processes_is_refused(home):
     command = ["aapa_lightning.cli", "ray", "--workers=2", "fit", *CONFIGS, *SHORT, "--trainer.strategy=ddp_spawn"]
@@ -114,12 +124,13 @@ def test_a_strategy_that_starts_processes_is_refused(home):
 
 @pytest.fixture(scope="module")
 def address(home):
-    """A cluster that outlives the runs."""
-    import ray
+    """A cluster of two nodes of two CPUs each, both on this machine; it outlives the runs."""
+    from ray.cluster_utils import Cluster
 
-    context = ray.init("local", num_cpus=2, include_dashboard=False)
-    yield context.address_info["address"]
-    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2, node_ip_address="127.0.0.2")  # Ray tells nodes apart by their addresses
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.mark.slow
@@ -140,9 +151,9 @@ def test_a_killed_worker_ends_the_run_and_resume_makes_it_whole(home, address):
 
 
 @pytest.mark.slow
-def test_shards_on_ray_are_those_of_torchrun(home, address):
+def test_shards_on_two_nodes_are_those_of_torchrun(home, address):
     under_torchrun(home / "shards", "--trainer.strategy=fsdp2")
-    code, _, err = on_ray(home / "ray_shards", address, "--trainer.strategy=fsdp2")
+    code, _, err = on_ray(home / "ray_shards", address, "--trainer.strategy=fsdp2", cpus=2)  # a worker fills a node
     assert code == 0, err
     assert results(home / "ray_shards") == results(home / "shards")
     assert (home / "ray_shards/runs/debug/grpo/checkpoints/last.ckpt").is_dir()

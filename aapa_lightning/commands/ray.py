@@ -6,15 +6,17 @@ import argparse
 import importlib
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from aapa_lightning.cli import TRAINER_COMMANDS, is_users_error
-from aapa_lightning.errors import ConfigError, MissingDependencyError
+from aapa_lightning.errors import ConfigError, MissingDependencyError, in_one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +52,13 @@ def run(args: argparse.Namespace) -> int:
                 logging_config=train.LoggingConfig(log_level="WARNING"),
             ),
         )
+        pool = ThreadPoolExecutor(1)  # outside the main thread Ray leaves Ctrl-C to us, which ends the process with 130 as always
         try:
-            trainer.fit()
+            pool.submit(trainer.fit).result()
         except train.WorkerGroupError as error:
             return _report(error.worker_failures, str(error), words)
+        finally:
+            pool.shutdown(wait=False)
     return 0
 
 
@@ -108,9 +113,13 @@ def _cluster(args: argparse.Namespace) -> Iterator[None]:
     address = args.address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {"include_dashboard": False, "num_cpus": args.workers * args.cpus_per_worker} if address == "local" else {}
     try:
+        _knock(address)
         ray.init(address, logging_level=logging.ERROR, logging_config=ray.LoggingConfig(log_level="ERROR"), **own)
-    except ConnectionError as error:
-        raise ConfigError(f"--address {address}: expected a running Ray cluster, found none; `ray start --head` starts one") from error
+    except OSError as error:
+        if address == "local":
+            raise
+        found = f"found none ({in_one_line(error)}); `ray start --head` starts one"
+        raise ConfigError(f"--address {address}: expected a running Ray cluster, {found}") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if address == "local" and args.gpu and gpus < args.workers:
@@ -118,6 +127,13 @@ def _cluster(args: argparse.Namespace) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Find a wrong address within seconds; Ray itself goes on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _report(failures: dict[int, Exception], message: str, words: list[str]) -> int:
