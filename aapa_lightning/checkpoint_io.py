@@ -11,7 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
 from aapa_lightning.files import atomic_write
-from aapa_lightning.shard_files import in_memory, read_checkpoint, remove
+from aapa_lightning.sharding.files import in_memory, read_checkpoint, remove
 
 
 class AtomicCheckpointIO(CheckpointIO):

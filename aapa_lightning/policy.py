@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from aapa_lightning.adapter_weights import adapter_base, merge_folder
 from aapa_lightning.adapters import LoraSpec, put_adapters
+from aapa_lightning.adapters.quantization import quantization_arguments
+from aapa_lightning.adapters.weights import adapter_base, merge_folder
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
 from aapa_lightning.logprobs.packing import check_packing, set_packing
-from aapa_lightning.materialize import parameters_on_meta
-from aapa_lightning.quantization import quantization_arguments
+from aapa_lightning.sharding.materialize import parameters_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def load_policy(spec: PolicySpec, precision: str = "", *, weights: bool = True) 
     Args:
         spec: what to load.
         precision: the trainer's; mixed ones let flash attention serve float32 weights.
-        weights: without them the model's parameters lie on the meta device, for ``aapa_lightning.materialize`` to fill.
+        weights: without them the model's parameters lie on the meta device, for ``aapa_lightning.sharding.materialize`` to fill.
 
     Raises:
         ConfigError: nothing to load, nothing there, a vocabulary that does not hold the tokenizer's tokens, or options that contradict

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.shard_files import SavedTensor, local_rows, map_tensors, publish, read_checkpoint, write_folder
 from aapa_lightning.sharding import reshard
+from aapa_lightning.sharding.files import SavedTensor, local_rows, map_tensors, publish, read_checkpoint, write_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):

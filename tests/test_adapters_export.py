@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapa_lightning.adapter_weights import merged_model
 from aapa_lightning.adapters import LoraSpec, base_state
+from aapa_lightning.adapters.weights import merged_model
 from aapa_lightning.cli import main
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.errors import ConfigError

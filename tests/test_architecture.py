@@ -39,13 +39,9 @@ FORBIDDEN = {
     ),
     **{
         f"{A}/{name}": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.rewards", f"{A}.loop")
-        for name in ("logprobs", "attention.py", "sharding.py", "adapters.py", "adapter_weights.py", "quantization.py", "remote.py")
+        for name in ("logprobs", "attention.py", "remote.py", "adapters")
     },
-    **{
-        f"{A}/{name}.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop")
-        for name in ("sharding", "shard_files")
-    },
-    f"{A}/materialize.py": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop", f"{A}.policy"),
+    f"{A}/sharding": (*TRAINER, f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop", f"{A}.policy"),
     f"{A}/advantages.py": (*TRAINER, "transformers", f"{A}.objectives", f"{A}.anchor", f"{A}.rollout", f"{A}.data", f"{A}.loop"),
     f"{A}/objectives": (*TRAINER, "transformers", "datasets", f"{A}.anchor", f"{A}.rollout", f"{A}.rewards", f"{A}.data", f"{A}.loop"),
     f"{A}/anchor": (*TRAINER, f"{A}.objectives", f"{A}.rewards", f"{A}.loop"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.materialize import parameters_on_meta
 from aapa_lightning.policy import PolicySpec, load_policy
+from aapa_lightning.sharding.materialize import parameters_on_meta
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -56,8 +56,7 @@ def refuse():
 def work(folder):
     from torch.distributed.device_mesh import init_device_mesh
 
-    from aapa_lightning import materialize
-    from aapa_lightning.sharding import WholeTensors, gathered_parameters, shard_model
+    from aapa_lightning.sharding import WholeTensors, gathered_parameters, materialize, shard_model
 
     torch.distributed.init_process_group("gloo")
     rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
@@ -118,8 +117,8 @@ def measure(folder):
 
     from torch.distributed.device_mesh import init_device_mesh
 
-    from aapa_lightning.materialize import fill_model
     from aapa_lightning.sharding import shard_model
+    from aapa_lightning.sharding.materialize import fill_model
 
     def private():
         return next(

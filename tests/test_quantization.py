@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aapa_lightning import quantization
-from aapa_lightning.adapter_weights import merged_model
-from aapa_lightning.adapters import LoraSpec, adapter_names, adapters_off, fingerprint
+from aapa_lightning.adapters import LoraSpec, adapter_names, adapters_off, fingerprint, quantization
+from aapa_lightning.adapters.quantization import compute_dtype, is_quantized, quantization_arguments
+from aapa_lightning.adapters.weights import merged_model
 from aapa_lightning.errors import ConfigError, MissingDependencyError
 from aapa_lightning.export import export_policy, save_trained
 from aapa_lightning.logprobs import response_logprobs
 from aapa_lightning.policy import PolicySpec, load_policy
-from aapa_lightning.quantization import compute_dtype, is_quantized, quantization_arguments
 
 
 @pytest.fixture

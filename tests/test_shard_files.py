@@ -6,7 +6,7 @@ from torch import nn
 
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.shard_files import (
+from aapa_lightning.sharding.files import (
     SavedTensor,
     in_memory,
     is_checkpoint_folder,

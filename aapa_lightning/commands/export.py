@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Export the policy."""
     from aapa_lightning.export import export_policy
     from aapa_lightning.runs import last_checkpoint
-    from aapa_lightning.shard_files import is_checkpoint_folder
+    from aapa_lightning.sharding.files import is_checkpoint_folder
 
     given, out = Path(args.checkpoint), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

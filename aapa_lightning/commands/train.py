@@ -30,7 +30,7 @@ from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
 from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
-from aapa_lightning.shard_files import read_step
+from aapa_lightning.sharding.files import read_step
 from aapa_lightning.strategies import FSDP2Strategy  # noqa: F401 - registers itself as fsdp2
 
 #: The data module of a configuration that names none.

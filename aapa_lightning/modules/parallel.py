@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.materialize import fill_model
 from aapa_lightning.modules.precision import trainer_precision
 from aapa_lightning.policy import PolicySpec, load_policy
 from aapa_lightning.sharding import shard_model
+from aapa_lightning.sharding.materialize import fill_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.adapter_weights import merged_state
 from aapa_lightning.adapters import has_adapters
+from aapa_lightning.adapters.weights import merged_state
 from aapa_lightning.errors import ConfigError
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ import torch
 
 from aapa_lightning.adapters import LoraSpec, adapter_names, base_state
 from aapa_lightning.policy import PolicySpec, load_policy
-from aapa_lightning.shard_files import read_checkpoint
+from aapa_lightning.sharding.files import read_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 LORA = {"r": 4, "modules_to_save": ["norm"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aapa_lightning.shard_files import read_checkpoint
+from aapa_lightning.sharding.files import read_checkpoint
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 

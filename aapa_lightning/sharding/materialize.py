@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aapa_lightning.errors import AapaError, ConfigError
-from aapa_lightning.shard_files import local_rows
+from aapa_lightning.sharding.files import local_rows
 
 
 @contextmanager

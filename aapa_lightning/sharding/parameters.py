@@ -52,7 +52,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | N
     """Shard a model over the ranks of a mesh: a unit for every layer, and one for all else.
 
     Gradients are averaged in float32, over the ranks of the mesh. Ranks must hold equal weights; of weights on the meta device they hold
-    none afterwards, see ``aapa_lightning.materialize``.
+    none afterwards, see ``aapa_lightning.sharding.materialize``.
 
     Args:
         model: any Hugging Face model, adapters included.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.adapters import base_state, peft_package, wrapped_layers
+from aapa_lightning.adapters.lora import base_state, peft_package, wrapped_layers
 from aapa_lightning.errors import ConfigError, in_one_line
 
 
