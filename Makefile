@@ -25,6 +25,7 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
 
 test-slow: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ray]'
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/.dev

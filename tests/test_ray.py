@@ -105,6 +105,7 @@ def home(tmp_path_factory):
         yield folder
 
 
+@pytest.mark.slow
 def test_a_wrong_address_is_found_at_once(capsys):
     pytest.importorskip("ray", reason=f"Ray {RAY}")
     with socket.socket() as free:

@@ -17,7 +17,8 @@ OPTIONAL = {
     "bitsandbytes": "quantised weights under adapters (QLoRA): pip install 'aapa-lightning[qlora]'",
     "flash-attn-4": "faster attention on Hopper and Blackwell: pip install 'aapa-lightning[flash]'",
     "flash-attn": "faster attention on other GPUs, compiled for hours: pip install flash-attn --no-build-isolation",
-    "vllm": "for a rollout engine of your own: pip install 'aapa-lightning[vllm]'",
+    "vllm": "rollouts from vLLM: pip install 'aapa-lightning[vllm]'",
+    "ray": "runs on a Ray cluster: pip install 'aapa-lightning[ray]'",
 }
 
 
