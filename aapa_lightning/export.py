@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aapa_lightning.adapter_checkpoints import check_base, check_names, saved_spec
 from aapa_lightning.adapters import adapter_names, has_adapters
-from aapa_lightning.adapters.checkpoints import check_base, check_names, saved_spec
 from aapa_lightning.adapters.quantization import is_quantized
 from aapa_lightning.adapters.weights import adapter_base, assembled, merged_model, save_adapter
 from aapa_lightning.errors import ConfigError, in_one_line

@@ -14,10 +14,10 @@ from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
 from aapa_lightning.anchor.files import read_json
+from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.data.records import prompt_text
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
-from aapa_lightning.onednn import use_onednn
 from aapa_lightning.types import Record, SentenceSpans
 
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")

@@ -15,9 +15,9 @@ from torch import Tensor
 from aapa_kernels import sentence_pool
 from aapa_lightning.anchor.context import ContextTokenizer, Encoding, Prompt
 from aapa_lightning.anchor.forward import RowEncoder
+from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.onednn import use_onednn
 
 
 @dataclass(slots=True)

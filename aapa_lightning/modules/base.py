@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapa_lightning.adapters.checkpoints import describe_adapters
+from aapa_lightning.adapter_checkpoints import describe_adapters
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.data.encode import NamedText, encode_demonstration, expert_responses, fit_lengths, no_responses
 from aapa_lightning.data.records import require_experts

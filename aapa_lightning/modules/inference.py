@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import nn
 
+from aapa_lightning.adapter_checkpoints import check_adapters, keep_adapters
 from aapa_lightning.adapters import has_adapters
-from aapa_lightning.adapters.checkpoints import check_adapters, keep_adapters
 from aapa_lightning.data.encode import (
     NamedText,
     OverlongError,

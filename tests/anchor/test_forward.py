@@ -13,9 +13,9 @@ from aapa_lightning.anchor import forward
 from aapa_lightning.anchor.context import ContextRow, Encoding
 from aapa_lightning.anchor.encoder import FrozenEncoder
 from aapa_lightning.anchor.forward import RowEncoder
+from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.anchor.prefix import can_share
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
-from aapa_lightning.onednn import use_onednn
 
 SIZES = {
     "vocab_size": 40,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from aapa_lightning.adapters.lora import LoraSpec, adapter_names, has_adapters
+from aapa_lightning.adapters import LoraSpec, adapter_names, has_adapters
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.policy import PolicySpec
 
