@@ -50,7 +50,7 @@ def section(result: dict[str, Any]) -> str:
     """A table of one machine."""
     shape, machine = result["shape"], result["machine"]
     model = f"hidden {shape['hidden']}, {shape['layers']} layers, vocabulary {shape['vocabulary']:,}"
-    load = f"{shape['prompts']} prompts of {shape['prompt_tokens']} tokens x {shape['group']} responses of {shape['new_tokens']}"
+    load = f"{shape['prompts']} prompts of up to {shape['prompt_tokens']} tokens x {shape['group']} responses of {shape['new_tokens']}"
     rows = [f"| {kind} | {result['ms'][kind]:,.0f} | {result['lowest_ms'][kind]:,.0f} |" for kind in result["ms"]]
     parts = [f"| {part} | {ms:,.1f} |" for part, ms in sorted(result["breakdown_ms"].items(), key=lambda item: -item[1])]
     anchored = f"an anchored step takes {result['anchored_over_bare']:.3f} of one without"

@@ -65,7 +65,7 @@ def prepare(folder: Path, quick: bool) -> dict[str, int]:
     from aapa_lightning.anchor.head import StackedHead
 
     shape = shape_of(quick)
-    tokenizer = word_tokenizer(min(shape.vocabulary, 1024))
+    tokenizer = word_tokenizer(shape.vocabulary)
     pick = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, len(tokenizer), (shape.prompt_tokens - i % 8,), generator=pick).tolist() for i in range(64)]
     prompts = [tokenizer.decode(row) for row in rows]
