@@ -21,7 +21,12 @@ FAMILIES = {
     "phi3": GROUPED | {"pad_token_id": 0},
 }
 #: Of these rows cannot go on behind a prefix, or not as they are called here.
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 8, "factor": 4.0}
 UNFIT = {
+    "llama": GROUPED | {"rope_parameters": ROPE | {"rope_type": "dynamic"}},
+    "phi3": GROUPED
+    | {"pad_token_id": 0, "original_max_position_embeddings": 8}
+    | {"rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
     "mamba": {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "bloom": {"vocab_size": 61, "hidden_size": 16, "n_layer": 2, "n_head": 2},
     "qwen3_next": GROUPED | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "decoder_sparse_step": 1},

@@ -1,5 +1,7 @@
 """Checkpoints in a folder: rows of several ranks, links that are replaced in one step, nothing unpickled."""
 
+from collections import defaultdict, namedtuple
+
 import pytest
 import torch
 from torch import nn
@@ -85,17 +87,22 @@ def test_a_folder_takes_the_place_of_what_was_there(folder, before):
 
 
 def test_old_and_unfinished_folders_go_with_the_next(folder):
-    path, new = folder.with_name("last.ckpt"), folder.with_name(".last.ckpt.two")
+    path, new = folder.with_name("last.ckpt"), folder.with_name(".last.ckpt.22222222")
     publish(folder, path)
-    for name in (".last.ckpt.crashed", ".last.ckpt.two", ".step=1.ckpt.kept"):
+    for name in (".last.ckpt.cccccccc", ".last.ckpt.22222222", ".step=1.ckpt.kept", ".last.ckpt.old.11111111"):
         folder.with_name(name).mkdir()
-    folder.with_name(".last.ckpt.crashed.link").symlink_to(".last.ckpt.crashed")
+    folder.with_name(".last.ckpt.cccccccc.link").symlink_to(".last.ckpt.cccccccc")
     torch.save({"global_step": 8}, new / "checkpoint.pt")
     publish(new, path)
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [".last.ckpt.two", ".step=1.ckpt.kept", "last.ckpt"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        ".last.ckpt.22222222",
+        ".last.ckpt.old.11111111",
+        ".step=1.ckpt.kept",
+        "last.ckpt",
+    ]
     assert read_step(path) == 8
     AtomicCheckpointIO().remove_checkpoint(path)
-    assert [entry.name for entry in path.parent.iterdir()] == [".step=1.ckpt.kept"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [".last.ckpt.old.11111111", ".step=1.ckpt.kept"]  # of other checkpoints
     remove(path)
 
 
@@ -127,3 +134,9 @@ def test_tensors_of_a_tree_are_mapped_and_all_else_is_kept():
     saved = SavedTensor((1,), [(0, torch.ones(1))])
     found = map_tensors({"a": [torch.zeros(1), 2, None], "b": (saved,)}, lambda value: type(value).__name__)
     assert found == {"a": ["Tensor", 2, None], "b": ("SavedTensor",)}
+
+
+def test_trees_of_other_kinds_are_copied_too():
+    pair = namedtuple("pair", ["first", "second"])
+    tree = {"a": pair(torch.zeros(1), 2), "b": defaultdict(list, c=torch.ones(1))}
+    assert map_tensors(tree, lambda value: 5) == {"a": pair(5, 2), "b": {"c": 5}}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.logprobs.prefix import cache_behind
 from aapa_lightning.types import pad_right
 
@@ -66,6 +67,8 @@ def can_share(model: Any) -> bool:
 
     A model that attends in windows or recurrently, in both directions, or that cannot be called so, answers no.
     """
+    if not keeps_rotations(model):
+        return False
     # any tokens will do; a row of one kind of token would hide wrong positions
     prefixes, tails = [[0, 1, 2, 3, 4], [1, 3]], [[2, 4, 1, 0], [4, 0]]
     try:

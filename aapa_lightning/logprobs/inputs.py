@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aapa_lightning.logprobs.head import causal_model, text_config
+
+
+def keeps_rotations(inner: Any) -> bool:
+    """Whether a token's rotary position is its own affair: `dynamic` and `longrope` turn all tokens by the longest position of a call."""
+
+    def kinds(node: Any) -> set[str]:
+        if not isinstance(node, Mapping):
+            return set()
+        own = {str(node[name]) for name in ("rope_type", "type") if name in node}
+        return own.union(*(kinds(value) for value in node.values()))
+
+    config = text_config(inner)
+    found = kinds(getattr(config, "rope_parameters", None)) | kinds(getattr(config, "rope_scaling", None))
+    return not found & {"dynamic", "longrope", "su"}
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> dict[str, Any]:

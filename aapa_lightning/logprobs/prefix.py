@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.logprobs.head import causal_model, head_answers
+from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.sharding import is_sharded
 
 #: Below so many tokens saved, reading prompts apart costs more than it saves.
@@ -112,7 +113,8 @@ def sharing_pays(model: nn.Module, prompt_mask: Tensor, group_size: int) -> bool
 def can_share(model: nn.Module) -> bool:
     """Whether rows behind prefixes get the logits that they get in one piece: by the kinds of its layers, then tried on a few tokens, once.
 
-    A model that is recurrent, attends in both directions, drops units at random, has no head, or cannot be called so, answers no.
+    A model that is recurrent, turns positions by the longest of a call (`dynamic` and `longrope`), attends in both directions, drops units
+    at random, has no head, or cannot be called so, answers no.
     """
     inner: Any = causal_model(model)
     if inner not in _CAN_SHARE:
@@ -127,7 +129,7 @@ def _keeps_all_tokens(inner: Any) -> bool:
     kinds = set(getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or _ATTENTION)
     zero3 = any(hasattr(p, "ds_id") for p in inner.parameters())
     called = {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys()
-    return called and kinds <= _ATTENTION and not zero3 and isinstance(inner.get_output_embeddings(), nn.Module)
+    return called and kinds <= _ATTENTION and keeps_rotations(inner) and not zero3 and isinstance(inner.get_output_embeddings(), nn.Module)
 
 
 def _drops(inner: nn.Module) -> bool:

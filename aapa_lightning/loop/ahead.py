@@ -58,14 +58,21 @@ class RolloutsAhead:
 
     def state(self) -> dict[int, dict[str, Any]]:
         """What a checkpoint needs, waited for: tensors on the CPU and primitives, by window."""
-        return self._saved | {number: rollouts_state(drawn.result()) for number, drawn in self._drawn.items()}
+        # what failed is drawn again after a resume; here ``take`` tells of it
+        drawn = {number: drawn for number, drawn in self._drawn.items() if drawn.exception() is None}
+        return self._saved | {number: rollouts_state(drawn.result()) for number, drawn in drawn.items()}
 
     def restore(self, state: dict[int, dict[str, Any]]) -> None:
         """The inverse of ``state``; records come with ``take``."""
         self._drawn, self._saved = {}, dict(state)
 
+    def clear(self) -> None:
+        """Forget everything, when nothing is being drawn any more."""
+        self.wait()
+        self._drawn, self._saved = {}, {}
+
     def close(self) -> None:
-        """Wait, and let the thread go."""
+        """Let the thread go, when it has drawn what it draws."""
         if self._executor is not None:
-            self._executor.shutdown()
+            self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = None

@@ -20,6 +20,7 @@ from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.windowed import WindowedModule
 from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.rollout.base import RolloutRequest
+from aapa_lightning.rollout.replica import ReplicaEngine
 from aapa_lightning.types import Rollouts
 
 
@@ -48,6 +49,8 @@ class DrawsAhead(WindowedModule, InferenceModule):
                 f"asynchronous: expected an engine with weights of its own, found {type(self.engine).__name__}, which generates with the "
                 "model in training; set engine: replica (a copy of the weights), vllm, or a vLLM server"
             )
+        if isinstance(self.engine, ReplicaEngine):
+            self.engine.check()
         if self.correction is None or self.correction.mode == "none":
             raise ConfigError(
                 "asynchronous: expected a correction, found none: rollouts are one window old, which biases the gradient; set "
@@ -99,7 +102,8 @@ class DrawsAhead(WindowedModule, InferenceModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what was drawn ahead."""
         super().on_save_checkpoint(checkpoint)
-        if self.asynchronous and sys.exc_info()[0] is None:  # else the other ranks may not come here: do not gather
+        failing = sys.exc_info()[0] is not None  # the other ranks may not come here: do not gather
+        if self.asynchronous and not (failing and self.trainer.world_size > 1):
             checkpoint["aapa"]["ahead"] = gather_over_ranks(self._ahead.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -108,7 +112,13 @@ class DrawsAhead(WindowedModule, InferenceModule):
         shares = checkpoint.get("aapa", {}).get("ahead") or []
         self._ahead.restore(shares[self.global_rank] if self.asynchronous and len(shares) == self.trainer.world_size else {})
 
-    def teardown(self, stage: str) -> None:
+    def setup(self, stage: str) -> None:
+        """Forget what an earlier fit has drawn, before a checkpoint is read."""
+        super().setup(stage)
+        if stage == "fit":
+            self._ahead.clear()
+
+    def release(self) -> None:
         """Let thread and engine go."""
         self._ahead.close()
-        super().teardown(stage)
+        super().release()

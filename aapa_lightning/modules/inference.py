@@ -26,6 +26,7 @@ from aapa_lightning.data.encode import (
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.data.responses import response_row
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.preferences import preferred_texts
@@ -44,6 +45,12 @@ from aapa_lightning.types import Demonstration, Record, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class _ReleaseOnException(L.Callback):
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, InferenceModule):
+            pl_module.release()
 
 
 class InferenceModule(L.LightningModule):
@@ -97,6 +104,9 @@ class InferenceModule(L.LightningModule):
         self.rewards = RewardSet(rewards, reward_weights) if rewards else None
         self.judges = judges or []
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        for name, value in (("rollout_rows", rollout_rows), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {value}")
         self.engine_choice = engine
         self.rollout_rows = rollout_rows
         self.eval_batch_size = eval_batch_size
@@ -145,6 +155,14 @@ class InferenceModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Let the engine free what it holds."""
+        self.release()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """One that does so after an exception too, when Lightning leaves ``teardown`` out."""
+        return [_ReleaseOnException()]
+
+    def release(self) -> None:
+        """Let the engine free what it holds; it may be used again."""
         if self._loaded:
             self.engine.close()
 

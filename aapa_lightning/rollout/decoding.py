@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.logprobs.head import causal_model
+from aapa_lightning.logprobs.head import causal_model, text_config
+from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.rollout.rows import Stops, pad_left, perturb
 
+#: Kinds of layers that remember keys and values.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 #: Rows leave once this share of the batch has ended: picking the others out of the cache costs a copy of it.
 _LEAVE = 0.25
 #: Tokens between looks at which rows have ended; on a GPU a look waits for the device.
@@ -39,10 +42,15 @@ class Drawn:
 
 
 def can_decode(model: nn.Module) -> bool:
-    """Whether ``decode`` knows the model: its state between tokens is a cache of attention, passed as ``past_key_values``."""
+    """Whether ``decode`` knows the model.
+
+    Its state between tokens must be a cache of attention alone, passed as ``past_key_values``, and positions must keep their meaning as
+    rows grow.
+    """
     inner: Any = causal_model(model)
-    parameters = inspect.signature(inner.forward).parameters
-    return "past_key_values" in parameters and not getattr(inner.config, "is_encoder_decoder", False)
+    odd = set(getattr(text_config(inner), "layer_types", None) or ()) - _ATTENTION
+    stateful = odd or getattr(inner, "_is_stateful", False) or getattr(inner.config, "is_encoder_decoder", False)
+    return "past_key_values" in inspect.signature(inner.forward).parameters and not stateful and keeps_rotations(inner)
 
 
 def local(going: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from aapa_lightning.rollout.base import EngineFactory, RolloutEngine
 from aapa_lightning.rollout.continuous_engine import ContinuousEngine
 from aapa_lightning.rollout.decoding import can_decode
+from aapa_lightning.rollout.embedded import EmbeddedEngine
 from aapa_lightning.rollout.generate_engine import GenerateEngine
 from aapa_lightning.rollout.replica import ReplicaEngine
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
@@ -55,5 +56,8 @@ def build_engine(
         max_rows: responses that an embedded engine generates at once; None for all.
     """
     if callable(choice):
-        return choice(model, tokenizer, eos_ids)
+        engine = choice(model, tokenizer, eos_ids)
+        if isinstance(engine, EmbeddedEngine) and engine.max_rows is None:
+            engine.max_rows = max_rows
+        return engine
     return ENGINES[choice](model, tokenizer, eos_ids, max_rows=max_rows)

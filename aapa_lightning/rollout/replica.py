@@ -11,7 +11,7 @@ import torch
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.transformers_engine import TransformersEngine
-from aapa_lightning.sharding import is_sharded
+from aapa_lightning.sharding import is_sharded, shard_units
 from aapa_lightning.types import Rollouts
 
 
@@ -33,27 +33,29 @@ class ReplicaEngine(RolloutEngine):
     def __init__(self, model: Any, tokenizer: Any, eos_ids: Sequence[int], *, max_rows: int | None = None) -> None:
         self._source, self._tokenizer, self._eos_ids, self._max_rows = model, tokenizer, eos_ids, max_rows
         self._engine: TransformersEngine | None = None
-        self._step: int | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError where the policy lies in shards."""
+        if is_sharded(self._source) or shard_units(self._source):  # gathered for the moment, or not
+            raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
 
     @torch.no_grad()
     def sync(self, step: int) -> None:
-        """Copy the policy's weights.
+        """Copy the policy's weights, whatever the step: they may have been exchanged within it, for a validation.
 
         Raises:
             ConfigError: they lie in shards.
         """
-        if is_sharded(self._source):
-            raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
+        self.check()
         if self._engine is None:
             # made here and not at the start, when the policy was not yet on its device
             frozen: dict[int, Any] = {id(p): p for p in self._source.parameters() if not p.requires_grad}
             model = copy.deepcopy(self._source, frozen).eval().requires_grad_(False)
             self._engine = TransformersEngine(model, self._tokenizer, self._eos_ids, max_rows=self._max_rows)
-        elif step != self._step:
-            for mine, current in zip(self._engine.model.parameters(), self._source.parameters(), strict=True):
-                if mine is not current:
-                    mine.copy_(current)
-        self._step = step
+            return
+        for mine, current in zip(self._engine.model.parameters(), self._source.parameters(), strict=True):
+            if mine is not current:
+                mine.copy_(current)
 
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
         """Draw responses; see ``RolloutEngine.generate``."""

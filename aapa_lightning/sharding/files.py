@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,16 @@ def map_tensors(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, Tensor | SavedTensor):
         return change(tree)
     if isinstance(tree, dict):
-        return type(tree)((key, map_tensors(value, change)) for key, value in tree.items())
+        return _like(tree, ((key, map_tensors(value, change)) for key, value in tree.items()))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, change) for value in tree)
+        return _like(tree, (map_tensors(value, change) for value in tree))
     return tree
+
+
+def _like(tree: Any, items: Iterable[Any]) -> Any:
+    if isinstance(tree, defaultdict):
+        return dict(items)
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 def local_rows(tensor: DTensor) -> tuple[int, Tensor]:
@@ -109,7 +117,10 @@ def publish(folder: Path, path: Path) -> None:
 def clean(path: Path) -> None:
     """Remove the hidden folders of ``path`` that it does not lead to: replaced ones, and unfinished ones of a crash."""
     kept = os.readlink(path) if path.is_symlink() else None
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}(\.link)?")
     for folder in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not ours.fullmatch(folder.name):  # of another checkpoint, whose name begins the same
+            continue
         if folder.is_symlink():
             folder.unlink()
         elif folder.is_dir() and folder.name != kept:
@@ -189,7 +200,7 @@ def _resolve(tree: Any, tensors: dict[int, SavedTensor]) -> Any:
     if isinstance(tree, dict):
         if _NOTE in tree:
             return tensors[tree[_NOTE]]
-        return type(tree)((key, _resolve(value, tensors)) for key, value in tree.items())
+        return _like(tree, ((key, _resolve(value, tensors)) for key, value in tree.items()))
     if isinstance(tree, list | tuple):
-        return type(tree)(_resolve(value, tensors) for value in tree)
+        return _like(tree, (_resolve(value, tensors) for value in tree))
     return tree

@@ -18,10 +18,14 @@ class Watched(ReplicaEngine):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.drawn: list[tuple[int, int, bool]] = []
-        self.fail_at = -1
+        self.fail_at = self.step = -1
+
+    def sync(self, step):
+        self.step = step
+        super().sync(step)
 
     def generate(self, requests, params, *, seed, window):
-        self.drawn.append((window, self._step, threading.current_thread() is threading.main_thread()))
+        self.drawn.append((window, self.step, threading.current_thread() is threading.main_thread()))
         if window == self.fail_at:
             raise RuntimeError("the engine broke")
         return super().generate(requests, params, seed=seed, window=window)
@@ -112,3 +116,33 @@ def test_what_cannot_be_asynchronous_is_refused_before_training(kit, spec) -> No
     for correction in (None, CorrectionOptions()):
         with pytest.raises(ConfigError, match="expected a correction, found none"):
             kit.fit(kit.make_module("grpo", spec, asynchronous=True, engine="replica", correction=correction), kit.make_trainer(2))
+
+
+def test_a_second_fit_draws_anew(kit, spec) -> None:
+    module = asynchronous(kit, spec, engine=Watched)
+    kit.fit(module, kit.make_trainer(2))
+    module.engine.drawn.clear()
+    kit.fit(module, kit.make_trainer(3), data=kit.make_records(8))
+    assert [window for window, *_ in module.engine.drawn] == [0, 1, 2, 3]
+
+
+def test_a_draw_that_fails_costs_no_checkpoint_and_leaves_no_thread(kit, spec, tmp_path) -> None:
+    module = asynchronous(kit, spec, engine=Watched)
+
+    class Break(kit.L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.engine.fail_at = 2
+
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        kit.fit(module, kit.make_trainer(5, callbacks=[Break(), kit.SaveAt(tmp_path)]))
+    assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["aapa"]["ahead"][0].keys() == {1}
+    for thread in threading.enumerate():
+        if thread.name.startswith("rollouts"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("options", [{"rollout_rows": 0}, {"eval_batch_size": 0}])
+def test_sizes_of_nothing_are_refused(kit, spec, options) -> None:
+    with pytest.raises(ConfigError, match="expected at least 1, found 0"):
+        kit.make_module("grpo", spec, **options)

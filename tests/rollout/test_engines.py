@@ -114,6 +114,38 @@ def test_auto_falls_back_to_generate_where_the_state_is_no_cache_of_attention(ti
     assert len(engine.generate(same_length, GREEDY, seed=0, window=0)) == 6
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "recurrent_gemma"])
+def test_auto_falls_back_where_rows_do_not_keep_their_state(kind, tiny_tokenizer, eos_ids) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    rope = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 8}}
+    config = AutoConfig.for_model("llama", **sizes, **rope) if kind == "dynamic" else AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        unfit = AutoModelForCausalLM.from_config(config)
+    assert isinstance(build_engine("auto", unfit, tiny_tokenizer, eos_ids), GenerateEngine)
+    with pytest.raises(ConfigError, match="use engine: generate"):
+        build_engine("transformers", unfit, tiny_tokenizer, eos_ids)
+
+
+def test_a_replica_has_the_policys_weights_whatever_the_step(model, tiny_tokenizer, eos_ids, requests) -> None:
+    import copy
+
+    policy = copy.deepcopy(model)
+    engine = ready("replica", policy, tiny_tokenizer, eos_ids)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    engine.sync(0)  # weights may be exchanged within a step, for a validation
+    found = engine.generate(requests, GREEDY, seed=0, window=0)
+    assert responses(found) == responses(GenerateEngine(policy, tiny_tokenizer, eos_ids).generate(requests, GREEDY, seed=0, window=0))
+
+
+def test_rows_are_bounded_in_an_engine_of_a_factory_too(model, tiny_tokenizer, eos_ids) -> None:
+    assert build_engine(TransformersEngine, model, tiny_tokenizer, eos_ids, 3).max_rows == 3
+    assert build_engine(lambda *args: GenerateEngine(*args, max_rows=2), model, tiny_tokenizer, eos_ids, 3).max_rows == 2
+
+
 def test_a_factory_is_called_with_model_tokenizer_and_ids(model, tiny_tokenizer, eos_ids) -> None:
     engine = build_engine(lambda *args: GenerateEngine(*args, cache="static"), model, tiny_tokenizer, eos_ids)
     assert (engine.cache, engine.eos_ids) == ("static", eos_ids)
