@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from aapa_lightning.logprobs.head import causal_model, text_config
 
+#: What tables of learned positions are called.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
 
 def keeps_rotations(inner: Any) -> bool:
     """Whether a token's rotary position is its own affair: `dynamic` and `longrope` turn all tokens by the longest position of a call."""
@@ -24,6 +27,12 @@ def keeps_rotations(inner: Any) -> bool:
     config = text_config(inner)
     found = kinds(getattr(config, "rope_parameters", None)) | kinds(getattr(config, "rope_scaling", None))
     return not found & {"dynamic", "longrope", "su"}
+
+
+def learned_positions(inner: nn.Module) -> int | None:
+    """How many positions a model has learned, beyond which it cannot read; None where positions are computed."""
+    tables = [module for name, module in inner.named_modules() if name.endswith(_POSITIONS) and isinstance(module, nn.Embedding)]
+    return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.logprobs.head import causal_model
+from aapa_lightning.logprobs.inputs import learned_positions
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
 from aapa_lightning.rollout.lockstep import can_gather, max_over_ranks
@@ -66,7 +69,12 @@ class EmbeddedEngine(RolloutEngine):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams, *, seed: int, window: int) -> Rollouts:
-        """Draw responses; see ``RolloutEngine.generate``."""
+        """Draw responses; see ``RolloutEngine.generate``.
+
+        Raises:
+            ConfigError: a prompt and its response may need more positions than the model has learned.
+        """
+        self._check_positions(requests, params)
         rows = [(request, sample) for request in requests for sample in range(request.samples)]
         keys = row_keys(seed, window, [(request.slot, sample) for request, sample in rows]).to(self.model.device)
         lockstep = is_sharded(self.model) and not (self.gather and can_gather(self.model))
@@ -90,6 +98,15 @@ class EmbeddedEngine(RolloutEngine):
         for _ in range(turns):
             key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
             self.draw([[self.tokenizer.pad_token_id]], [0], key, params, lockstep=True)
+
+    def _check_positions(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> None:
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        limit = learned_positions(causal_model(self.model))
+        if limit is not None and longest + params.max_new_tokens > limit:
+            raise ConfigError(
+                f"sampling.max_new_tokens: expected a prompt and its response within the {limit} positions that the model has learned, "
+                f"found {longest} + {params.max_new_tokens}; lower it, or prompt_format.max_prompt_tokens"
+            )
 
     def stops(self, strings: Sequence[str]) -> Stops:
         """What ends a row. Kept, since stop strings are matched to the whole vocabulary when it is made."""

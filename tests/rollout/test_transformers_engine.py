@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.logprobs import response_logprobs
 from aapa_lightning.rollout import decoding
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
@@ -281,3 +282,19 @@ def test_no_requests_give_no_rows(engine) -> None:
     rollouts = engine.generate([], PARAMS, seed=0, window=0)
     assert len(rollouts) == 0
     assert rollouts.texts == []
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_that_would_run_out_are_an_error(kind, tiny_tokenizer, requests) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        "opt": {"max_position_embeddings": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16},
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=300, **sizes[kind])).eval()
+    longest = max(len(request.prompt_ids) for request in requests)
+    engine = TransformersEngine(model, tiny_tokenizer, [2])
+    assert len(engine.generate(requests, replace(PARAMS, max_new_tokens=24 - longest), seed=0, window=0)) == 10
+    with pytest.raises(ConfigError, match=rf"within the 24 positions that the model has learned, found {longest} \+ {25 - longest}"):
+        engine.generate(requests, replace(PARAMS, max_new_tokens=25 - longest), seed=0, window=0)
