@@ -25,7 +25,7 @@ def run(script: str, *words: str) -> dict:
 
 @pytest.mark.slow
 def test_a_quick_run_of_steps_gives_ratios_and_parts():
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="TRL is the rival; it comes with the extra `test`")
     found = run("step_time.py", "--rounds=1", "--steps=2")
     assert found["speedup_over_trl"] == pytest.approx(found["ms"]["trl"] / found["ms"]["bare"], rel=1e-2)
     assert found["anchored_over_bare"] == pytest.approx(found["ms"]["anchored"] / found["ms"]["bare"], rel=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -191,6 +192,16 @@ def fit(module, trainer: L.Trainer, data=None, *, demonstrations=None, val=None,
 def weights(module) -> dict[str, torch.Tensor]:
     """A copy of the policy's weights."""
     return {name: value.clone() for name, value in WholeTensors(module.model.state_dict()).items()}
+
+
+def load_worker(path: Path):
+    """A worker's module, for running its jobs in this process."""
+    source = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(source)
+    sys.path.insert(0, str(path.parent))  # as it is when the worker runs by itself
+    source.loader.exec_module(module)
+    sys.path.remove(str(path.parent))
+    return module
 
 
 def launch(worker: Path, jobs: list, file: Path, *, ranks: int = 2, strategy: str = "ddp") -> tuple[int, str]:

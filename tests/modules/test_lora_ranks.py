@@ -1,10 +1,5 @@
 """Adapters on two ranks, copied (ddp) and sharded (fsdp2): the gradient of one process, kills and resumes, merged exports."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,23 +24,8 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def worker():
-    source = importlib.util.spec_from_file_location("ddp_worker", WORKER)
-    module = importlib.util.module_from_spec(source)
-    sys.path.insert(0, str(WORKER.parent))  # as it is when the worker runs by itself
-    source.loader.exec_module(module)
-    sys.path.remove(str(WORKER.parent))
-    return module
-
-
-def launch(jobs, file, strategy):
-    """Run jobs on two ranks; returns the exit code and what they wrote."""
-    file.write_text(json.dumps(jobs))
-    root = WORKER.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(file)]
-    done = subprocess.run(command, env=env | {"AAPA_TEST_STRATEGY": strategy}, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout + done.stderr
+def worker(kit):
+    return kit.load_worker(WORKER)
 
 
 def job(key, folder, policy, accumulate):
@@ -71,12 +51,12 @@ def strategy(request):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory, tiny_model_dir, strategy):
+def first(tmp_path_factory, tiny_model_dir, strategy, kit):
     """Every kind, an uninterrupted run, and one that loses rank 1 before its fourth step, inside a window."""
     folder, policy = tmp_path_factory.mktemp("ranks"), str(tiny_model_dir)
     jobs = [job(key, folder, policy, accumulate=2) for key in JOBS]
     jobs += [stateful(folder, "whole", policy), stateful(folder, "killed", policy, kill=[3, 1])]
-    code, output = launch(jobs, folder / "first.json", strategy)
+    code, output = kit.launch(WORKER, jobs, folder / "first.json", strategy=strategy)
     assert code != 0
     assert not (folder / "killed.out.rank0").exists()
     assert (folder / "whole.out.rank1").exists(), output[-5000:]
@@ -104,7 +84,9 @@ def test_a_lost_rank_resumes_bit_for_bit(first, tiny_model_dir, strategy):
     assert checkpoint["global_step"] == 3
     start, _ = load_policy(PolicySpec(str(tiny_model_dir), lora=LoraSpec(**LORA)))
     assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in adapter_names(start)}
-    code, output = launch([stateful(first, "killed", str(tiny_model_dir), ckpt=str(last))], first / "second.json", strategy)
+    code, output = worker.kit.launch(
+        WORKER, [stateful(first, "killed", str(tiny_model_dir), ckpt=str(last))], first / "second.json", strategy=strategy
+    )
     assert code == 0, output[-5000:]
     for rank in (0, 1):
         whole, again = load(first / f"whole.out.rank{rank}"), load(first / f"killed.out.rank{rank}")

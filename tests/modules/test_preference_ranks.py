@@ -1,6 +1,5 @@
 """Preference objectives on two ranks: the gradients of one process, statistics of the whole batch, one cache, one figure."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -42,13 +41,8 @@ def _job(key, folder, policy, accumulate):
 
 
 @pytest.fixture(scope="module")
-def worker():
-    source = importlib.util.spec_from_file_location("preference_worker", WORKER)
-    module = importlib.util.module_from_spec(source)
-    sys.path.insert(0, str(WORKER.parent))  # as it is when the worker runs by itself
-    source.loader.exec_module(module)
-    sys.path.remove(str(WORKER.parent))
-    return module
+def worker(kit):
+    return kit.load_worker(WORKER)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Promises 3, 4 and 6 on two ranks: the same rollouts and gradients, kills and resumes, skips that ranks agree on."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,13 +42,8 @@ def _job(key, folder, policy, steps=2, **trainer):
 
 
 @pytest.fixture(scope="module")
-def worker():
-    source = importlib.util.spec_from_file_location("ddp_worker", WORKER)
-    module = importlib.util.module_from_spec(source)
-    sys.path.insert(0, str(WORKER.parent))  # as it is when the worker runs by itself
-    source.loader.exec_module(module)
-    sys.path.remove(str(WORKER.parent))
-    return module
+def worker(kit):
+    return kit.load_worker(WORKER)
 
 
 def load(path):

@@ -1,7 +1,5 @@
 """The promises of training under FSDP2 on two ranks; ``test_promises_ranks`` has the long tables."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,13 +44,8 @@ def _run(folder, name, policy, **extra):
 
 
 @pytest.fixture(scope="module")
-def worker():
-    source = importlib.util.spec_from_file_location("ddp_worker", WORKER)
-    module = importlib.util.module_from_spec(source)
-    sys.path.insert(0, str(WORKER.parent))  # as it is when the worker runs by itself
-    source.loader.exec_module(module)
-    sys.path.remove(str(WORKER.parent))
-    return module
+def worker(kit):
+    return kit.load_worker(WORKER)
 
 
 @pytest.fixture(scope="module")

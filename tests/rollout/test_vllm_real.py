@@ -83,8 +83,8 @@ class Control:
 
 
 def test_the_routers_take_a_push(monkeypatch):
-    fastapi = pytest.importorskip("fastapi")
-    client = pytest.importorskip("fastapi.testclient")
+    fastapi = pytest.importorskip("fastapi", reason="vLLM's server brings it")
+    client = pytest.importorskip("fastapi.testclient", reason="it needs httpx")
     from vllm.entrypoints.serve.dev.cache.api_router import router as cache
     from vllm.entrypoints.serve.dev.rpc.api_router import router as rpc
 
