@@ -15,6 +15,7 @@ from aapa_lightning.adapters.weights import adapter_base, merge_folder
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
+from aapa_lightning.logprobs.inputs import dropouts
 from aapa_lightning.logprobs.packing import check_packing, set_packing
 from aapa_lightning.sharding.materialize import parameters_on_meta
 
@@ -234,12 +235,8 @@ def _without_weights(source: str, spec: PolicySpec, dtype: torch.dtype, attentio
 
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to 0, in dropout modules and where a layer keeps one as a number, such as ``attention_dropout``."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
-                vars(module)[name] = 0.0
+    for module, name in dropouts(model):
+        setattr(module, name, 0.0)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

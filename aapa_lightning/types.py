@@ -250,3 +250,11 @@ def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return out
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Token rows as int64 ``[B, P]`` padded on the left, and the mask, bool ``[B, P]``."""
+    ids = pad_right([row[::-1] for row in rows], value).flip(-1)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    width = ids.shape[1]
+    return ids, torch.arange(width) >= width - lengths[:, None]

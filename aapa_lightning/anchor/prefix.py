@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.logprobs.prefix import cache_behind
-from aapa_lightning.types import pad_right
+from aapa_lightning.types import pad_left, pad_right
 
 
 class Prefixes:
@@ -28,9 +28,9 @@ class Prefixes:
     def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
         device = model.device
         # the last token of each stands right before its row
-        padded = pad_right([row[::-1] for row in ids], 0).flip(-1).to(device)
-        self.lengths = torch.tensor([len(row) for row in ids], device=device)
-        self.mask = (torch.arange(padded.shape[1], device=device) >= padded.shape[1] - self.lengths[:, None]).long()
+        padded, mask = (part.to(device) for part in pad_left(ids, 0))
+        self.mask = mask.long()
+        self.lengths = self.mask.sum(-1)
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         cache = DynamicCache(config=model.config)
         _base(model)(input_ids=padded, attention_mask=self.mask, position_ids=positions, past_key_values=cache, use_cache=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,15 @@ def learned_positions(inner: nn.Module) -> int | None:
     """How many positions a model has learned, beyond which it cannot read; None where positions are computed."""
     tables = [module for name, module in inner.named_modules() if name.endswith(_POSITIONS) and isinstance(module, nn.Embedding)]
     return min((table.num_embeddings - int(getattr(table, "offset", 0)) for table in tables), default=None)
+
+
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where a model keeps dropout probabilities: modules, and the attributes that hold one, such as ``p`` or ``attention_dropout``."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            yield module, "p"
+        numbers = [name for name, value in vars(module).items() if isinstance(value, float)]
+        yield from ((module, name) for name in numbers if name.endswith(("dropout", "layerdrop")))
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.logprobs.head import causal_model, head_answers
-from aapa_lightning.logprobs.inputs import keeps_rotations
+from aapa_lightning.logprobs.inputs import dropouts, keeps_rotations
 from aapa_lightning.sharding import is_sharded
 
 #: Below so many tokens saved, reading prompts apart costs more than it saves.
@@ -103,11 +103,12 @@ def sharing_pays(model: nn.Module, prompt_mask: Tensor, group_size: int) -> bool
     """
     rows, width = prompt_mask.shape
     saved = (rows - rows // group_size) * (width - 1)
+    # ranks of a sharded model must answer alike, and their prompts differ
+    if group_size == 1 or not (saved >= LEAST_SAVED or is_sharded(model)):
+        return False
     # recomputed layers take no cache
     checkpointed = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    # ranks of a sharded model must answer alike, and their prompts differ
-    enough = group_size > 1 and (saved >= LEAST_SAVED or is_sharded(model))
-    return enough and not checkpointed and can_share(model)
+    return not checkpointed and can_share(model)
 
 
 def can_share(model: nn.Module) -> bool:
@@ -134,9 +135,7 @@ def _keeps_all_tokens(inner: Any) -> bool:
 
 def _drops(inner: nn.Module) -> bool:
     """Whether units are dropped in training: the same ones of a prompt for all rows of its group, if it were shared."""
-    named = [(name, value) for module in inner.modules() for name, value in vars(module).items()]
-    inside = any(isinstance(value, float) and value > 0 for name, value in named if name.endswith(("dropout", "layerdrop")))
-    return inside or any(isinstance(module, nn.Dropout) and module.p > 0 for module in inner.modules())
+    return any(getattr(module, name) > 0 for module, name in dropouts(inner))
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from aapa_lightning.rollout.base import RolloutRequest
-from aapa_lightning.rollout.rows import pad_left
 from aapa_lightning.rollout.text import decode_with_ends
-from aapa_lightning.types import Rollouts, pad_right
+from aapa_lightning.types import Rollouts, pad_left, pad_right
 
 
 class Response(NamedTuple):

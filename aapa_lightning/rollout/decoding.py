@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from aapa_lightning.logprobs.head import causal_model, text_config
 from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.rollout.base import SamplingParams
-from aapa_lightning.rollout.rows import Stops, pad_left, perturb
+from aapa_lightning.rollout.rows import Stops, perturb
+from aapa_lightning.types import pad_left
 
 #: Kinds of layers that remember keys and values.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

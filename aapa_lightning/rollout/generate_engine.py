@@ -11,7 +11,8 @@ from torch import Tensor
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.rollout.decoding import Drawn
 from aapa_lightning.rollout.embedded import EmbeddedEngine
-from aapa_lightning.rollout.rows import Stops, pad_left, perturb
+from aapa_lightning.rollout.rows import Stops, perturb
+from aapa_lightning.types import pad_left
 
 
 class GenerateEngine(EmbeddedEngine):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aapa_lightning.rollout.base import SamplingParams
 from aapa_lightning.rollout.sampling import filter_logits, gumbel_noise
-from aapa_lightning.types import pad_right
 
 
 def perturb(logits: Tensor, keys: Tensor, position: int, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,11 +67,3 @@ class Stops:
         done = torch.isin(responses[:, -1], self.eos_ids)
         # the criterion's own signature; it looks at ids alone
         return done if self._strings is None else done | self._strings(responses, None)
-
-
-def pad_left(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Token rows as int64 ``[B, P]`` padded on the left, and the mask, bool ``[B, P]``."""
-    ids = pad_right([row[::-1] for row in rows], value).flip(-1)
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    width = ids.shape[1]
-    return ids, torch.arange(width) >= width - lengths[:, None]
