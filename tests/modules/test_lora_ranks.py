@@ -78,13 +78,13 @@ def test_ranks_do_not_change_the_gradient(first, worker, tmp_path, tiny_model_di
 
 
 @pytest.mark.slow
-def test_a_lost_rank_resumes_bit_for_bit(first, tiny_model_dir, strategy):
+def test_a_lost_rank_resumes_bit_for_bit(kit, first, tiny_model_dir, strategy):
     last = first / "killed" / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(last)
     assert checkpoint["global_step"] == 3
     start, _ = load_policy(PolicySpec(str(tiny_model_dir), lora=LoraSpec(**LORA)))
     assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in adapter_names(start)}
-    code, output = worker.kit.launch(
+    code, output = kit.launch(
         WORKER, [stateful(first, "killed", str(tiny_model_dir), ckpt=str(last))], first / "second.json", strategy=strategy
     )
     assert code == 0, output[-5000:]
