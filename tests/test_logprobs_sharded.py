@@ -1,14 +1,9 @@
 """Streamed log-probs under DDP and FSDP2 on two ranks, one of them without a token: the same values and gradients as full logits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
 #: DDP; one FSDP2 group for the tied head; gathered anew for the backward pass, with a soft cap too; a head with a group of its own; 16-bit
 #: parameters.
 MODES = ("ddp", "fsdp", "reshard", "capped", "head", "half")
@@ -67,9 +62,7 @@ def work():
 
 @pytest.mark.slow
 def test_two_ranks_equal_full_logits():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONWARNINGS": "error:log-probs of"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(__file__, PYTHONWARNINGS="error:log-probs of")
     assert done.returncode == 0, done.stderr[-5000:]
     assert [mode for mode in MODES if f"same under {mode}" in done.stdout] == list(MODES)
 

@@ -1,18 +1,16 @@
 """Weights that every rank reads its rows of: those of the model as it is loaded in one piece, from files, from rank 0, tied and not."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.policy import PolicySpec, load_policy
 from aapa_lightning.sharding.materialize import parameters_on_meta
 
-ROOT = Path(__file__).parents[1]
 SIZES = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "vocab_size": 301}
 #: How many parts the file is in, whether the head is tied, what the file holds, and what the policy is.
@@ -100,9 +98,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 
 def test_two_ranks_fill_their_rows(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = run_ranks(__file__, folder, timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
     assert [name for name in CASES if f"filled: {name}\n" in done.stdout] == list(CASES)
 
@@ -166,9 +162,7 @@ def test_a_rank_takes_the_memory_of_its_rows(tmp_path, tiny_tokenizer):
     sizes = SIZES | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "head_dim": 64}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(tmp_path), "measure"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = run_ranks(__file__, tmp_path, "measure", timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
     shares = [[float(share) for share in line.split()[2:4]] for line in done.stdout.splitlines() if line.startswith("rank ")]
     assert len(shares) == 2

@@ -1,13 +1,7 @@
 """Prompts read once under DDP and FSDP2 on two ranks, one of them with prompts of one token: values and gradients of whole rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
-
-ROOT = Path(__file__).parents[1]
+from ranks import run_ranks
 
 
 def build(mode):
@@ -58,11 +52,8 @@ def work():
     torch.distributed.destroy_process_group()
 
 
-def test_shared_prompts_on_two_ranks(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__]
-    done = subprocess.run(command, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_shared_prompts_on_two_ranks():
+    done = run_ranks(__file__)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

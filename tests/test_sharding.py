@@ -1,18 +1,14 @@
 """Gathered parameters of a sharded model on two ranks: forwards without the other rank, and training that does not notice."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.sharding import gathered_parameters, reshard, shard_units
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("plain", "reshard", "lora", "half")
 
 
@@ -117,9 +113,7 @@ def work():
 
 
 def test_two_ranks_gather_and_train_on():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = run_ranks(__file__, timeout=120)
     assert done.returncode == 0, done.stderr[-5000:]
     assert [kind for kind in KINDS if f"unaffected: {kind}" in done.stdout] == list(KINDS)
 

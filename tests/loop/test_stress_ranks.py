@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 KIT = Path(__file__).with_name("stress_kit.py")
 JOBS = {
@@ -33,10 +31,7 @@ def two_ranks(tmp_path_factory):
     """``two_ranks[job]``: what each rank saw."""
     folder = tmp_path_factory.mktemp("stress")
     (folder / "jobs.json").write_text(json.dumps(JOBS | MIXED))
-    root = KIT.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(KIT), str(folder / "jobs.json")]
-    done = subprocess.run([*command, str(folder)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = run_ranks(KIT, folder / "jobs.json", folder, timeout=120)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return {name: [torch.load(folder / f"{name}.rank{rank}", weights_only=True) for rank in (0, 1)] for name in JOBS | MIXED}
 

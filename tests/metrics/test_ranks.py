@@ -1,13 +1,12 @@
 """Every metric over two real processes gives what one process with all the data gives, also where one of the two has none."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.metrics.anchor_score import AnchorScore, ExpertGap
 from aapa_lightning.metrics.discrimination import AUROC, CalibrationError
@@ -63,30 +62,24 @@ def values(rank=0, world_size=1):
     return found
 
 
-def work(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    print(json.dumps(values(rank, 2)))
+def work(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(values(rank, 2)))
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_see_one_set(tmp_path):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
-    }
-    code = "import sys, test_ranks; test_ranks.work(int(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, env=environment, text=True)
-        for rank in range(2)
-    ]
+    done = run_ranks(__file__, tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-5000:]
     whole = values()
     assert whole["expert_logprob"] < 0 < min(whole["length_distance"], whole["logprob_distance"], whole["calibration"])
-    for worker in workers:
-        output, _ = worker.communicate(timeout=120)
-        assert worker.returncode == 0
-        found = json.loads(output)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found.keys() == whole.keys()
         for name, value in found.items():
             assert value == pytest.approx(whole[name], rel=1e-6), name
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])

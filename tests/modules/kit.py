@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from ranks import run_ranks
 from torch import nn
 
 from aapa_lightning.anchor.guard import Guard
@@ -207,13 +207,7 @@ def load_worker(path: Path):
 def launch(worker: Path, jobs: list, file: Path, *, ranks: int = 2, strategy: str = "ddp") -> tuple[int, str]:
     """Run the jobs of a worker in processes of their own; the exit code and what they printed."""
     file.write_text(json.dumps(jobs))
-    command = [sys.executable, str(worker), str(file)]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    env |= {"AAPA_TEST_STRATEGY": strategy}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(worker, file, ranks=ranks, AAPA_TEST_STRATEGY=strategy)
     return done.returncode, done.stdout + done.stderr
 
 

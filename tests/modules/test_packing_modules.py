@@ -1,19 +1,15 @@
 """Packing in runs: every module trains to the weights of padded batches, and two ranks make the same values under DDP and FSDP2."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.attention import _FLASH
 from aapa_lightning.logprobs import packing
 
-ROOT = Path(__file__).parents[2]
 MODES = ("ddp", "fsdp", "reshard", "head", "half")
 
 
@@ -140,10 +136,7 @@ def work():
 
 @pytest.mark.slow
 def test_two_ranks_equal_padded_rows():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
-    quiet = "error:log-probs of,error:batches of"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONWARNINGS": quiet}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(__file__, PYTHONWARNINGS="error:log-probs of,error:batches of")
     assert done.returncode == 0, done.stderr[-5000:]
     assert [mode for mode in MODES if f"same under {mode}" in done.stdout] == list(MODES)
 

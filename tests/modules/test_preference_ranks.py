@@ -1,13 +1,11 @@
 """Preference objectives on two ranks: the gradients of one process, statistics of the whole batch, one cache, one figure."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.loop import preferences
 
@@ -65,11 +63,7 @@ def two_ranks(request, tmp_path_factory, policy):
     folder = tmp_path_factory.mktemp("preference-ranks")
     jobs = [_job(key, folder, policy, 2) for key in PLAIN] + [_job(key, folder, policy, 1) for key in BATCH]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    root = WORKER.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    env |= {"AAPA_TEST_STRATEGY": request.param}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(folder / "jobs.json")]
-    done = subprocess.run([sys.executable, *launcher], env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(WORKER, folder / "jobs.json", AAPA_TEST_STRATEGY=request.param)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.data.datamodule import AapaDataModule
 
@@ -34,11 +33,7 @@ def two_ranks(request, tmp_path_factory, tiny_model_dir):
         {"base": str(tiny_model_dir), "options": options, "accumulate": 2, "out": str(folder / key)} for key, options in OPTIONS.items()
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    root = WORKER.parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    env |= {"AAPA_TEST_STRATEGY": request.param}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(WORKER), str(folder / "jobs.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(WORKER, folder / "jobs.json", AAPA_TEST_STRATEGY=request.param)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return folder
 

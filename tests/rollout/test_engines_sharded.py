@@ -1,17 +1,15 @@
 """Rollouts of a sharded model on two ranks: no rank waits for one that has ended, has fewer batches, or has nothing to do."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from aapa_lightning.rollout.base import RolloutRequest, SamplingParams
 from aapa_lightning.types import Record
 
-ROOT = Path(__file__).parents[2]
 #: Engine, and whether the ranks hold whole weights while they generate or keep step.
 ENGINES = {
     "transformers": ("transformers", {}),
@@ -62,10 +60,8 @@ def work(folder):
 
 
 def test_two_ranks_draw_what_one_process_draws(tiny_model_dir):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__, str(tiny_model_dir)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        done = run_ranks(__file__, tiny_model_dir, timeout=120)
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"the ranks wait for each other: {error.stdout}")
     assert done.returncode == 0, done.stderr[-5000:]

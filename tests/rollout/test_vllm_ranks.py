@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("vllm_worker.py")
 PUSH = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
 
@@ -19,20 +16,8 @@ PUSH = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_vers
 @pytest.fixture
 def both_ranks(tiny_model_dir, tmp_path):
     def run(url, kind, folder=tmp_path / "weights"):
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{WORKER.parent}", "OMP_NUM_THREADS": "1"}
-        words = [url, folder, tiny_model_dir, kind, tmp_path / "rendezvous", tmp_path / "out"]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, WORKER, *map(str, words)], env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-            )
-            for rank in range(2)
-        ]
-        for rank in ranks:
-            try:
-                _, errors = rank.communicate(timeout=120)
-            finally:
-                rank.kill()
-            assert rank.returncode == 0, errors
+        done = run_ranks(WORKER, url, folder, tiny_model_dir, kind, tmp_path / "out", timeout=120)
+        assert done.returncode == 0, done.stderr
         assert not list(folder.glob("*"))
         return [json.loads((tmp_path / f"out.rank{rank}").read_text()) for rank in range(2)]
 

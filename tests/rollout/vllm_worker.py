@@ -1,12 +1,11 @@
 """One rank of several that share a vLLM server: gives it weights, draws its own prompts, and writes down what came of it.
 
-Arguments: url, folder, model, ``ddp`` or ``fsdp2``, rendezvous file, ``out`` (``<out>.rank<r>``).
+Arguments: url, folder, model, ``ddp`` or ``fsdp2``, ``out`` (``<out>.rank<r>``).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -27,9 +26,9 @@ def move(model) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
 
 
-def main(url: str, folder: str, source: str, kind: str, rendezvous: str, out: str) -> None:
-    rank = int(os.environ["RANK"])
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def main(url: str, folder: str, source: str, kind: str, out: str) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     move(model)
     if kind == "fsdp2":
