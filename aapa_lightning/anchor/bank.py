@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aapa_lightning.anchor.bank_build import INDEX, OFFSETS, ROWS, STAMP, build_parts, join_shards
+from aapa_lightning.anchor.bank_build import INDEX, OFFSETS, ROWS, STAMP, PartWriter, build_parts, join_shards, shard_folder
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter
@@ -143,13 +143,29 @@ class ExpertBank:
             score_thinking: as for ``build``.
             resume: as for ``build``.
         """
+        thinking = score_thinking
+        writer = cls.part_writer(folder, records, discriminator, segmenter, shard, batch_size=batch_size, score_thinking=thinking)
+        build_parts(writer, shard, resume=resume)
+
+    @staticmethod
+    def part_writer(
+        folder: str | Path,
+        records: Sequence[Record],
+        discriminator: Discriminator,
+        segmenter: Segmenter | None,
+        shard: tuple[int, int],
+        *,
+        batch_size: int = 256,
+        score_thinking: bool = False,
+    ) -> PartWriter:
+        """What writes the parts of a shard, for ``bank_build.build_parts``; arguments and errors as for ``build_shard``."""
         target = Path(folder)
         if target.exists() and not (target / STAMP).is_file() and any(target.iterdir()):
             raise ConfigError(f"{str(folder)!r} exists and is no expert bank; name another folder")
         if len(records) == 0:
             raise DataError("no records to build an expert bank from")
         segmenter = _segmenter_for(discriminator, segmenter)
-        build_parts(target, records, discriminator, segmenter, shard, batch_size=batch_size, score_thinking=score_thinking, resume=resume)
+        return PartWriter(shard_folder(target, shard), records, discriminator, segmenter, batch_size, score_thinking)
 
     @classmethod
     def join(cls, folder: str | Path, count: int) -> ExpertBank:

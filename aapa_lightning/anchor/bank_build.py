@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,71 +47,77 @@ def shard_folder(target: Path, shard: tuple[int, int]) -> Path:
     return target.with_name(f"{target.name}.partial" if count == 1 else f"{target.name}.shard-{number}-of-{count}")
 
 
-def build_parts(
-    target: Path,
-    records: Sequence[Record],
-    discriminator: Discriminator,
-    segmenter: Segmenter,
-    shard: tuple[int, int],
-    *,
-    batch_size: int,
-    score_thinking: bool,
-    resume: bool,
-) -> None:
-    """Score one shard of the records, batch by batch, and write its parts.
+@dataclass(frozen=True)
+class PartWriter:
+    """Scores ranges of the records and writes them down, each as a part that is whole or not there.
 
     Args:
-        target: the bank's folder.
+        folder: where the parts go.
         records: all records, of all shards.
         discriminator: the judge.
         segmenter: how to split.
-        shard: which, counted from 1, and of how many: contiguous ranges of the records.
         batch_size: records scored at a time.
         score_thinking: keep the thinking before an answer.
+    """
+
+    folder: Path
+    records: Sequence[Record]
+    discriminator: Discriminator
+    segmenter: Segmenter
+    batch_size: int
+    score_thinking: bool
+
+    def __call__(self, numbers: range) -> None:
+        """Score the records of these numbers, batch by batch; keeps what is there already and was made from them."""
+        part = self.folder / f"part-{numbers.start:012d}-{numbers.stop:012d}.arrow"
+        if part.exists():
+            _check_part(part, (self.records[i] for i in numbers), self.score_thinking)
+            return
+        starts = range(numbers.start, numbers.stop, self.batch_size)
+        batches = ([self.records[i] for i in range(first, min(first + self.batch_size, numbers.stop))] for first in starts)
+        write_part(part, (_scored(batch, self.discriminator, self.segmenter, self.score_thinking) for batch in batches))
+
+
+def build_parts(
+    writer: PartWriter, shard: tuple[int, int], *, resume: bool, spread: Callable[[Iterable[range]], Iterable[None]] | None = None
+) -> None:
+    """Write the parts of one shard of the records.
+
+    Args:
+        writer: of the parts.
+        shard: which, counted from 1, and of how many: contiguous ranges of the records.
         resume: keep the parts of an interrupted build.
+        spread: does what ``map(writer, ranges)`` does, on several devices; here by default.
 
     Raises:
         DataError: a record without an expert response, or one that has changed since its part was written.
         ConfigError: the interrupted build was another one, or is being written by another process.
     """
     number, count = shard
-    if not 1 <= number <= count or batch_size < 1:
-        raise ConfigError(f"expected a shard from 1 to {count} and a batch_size of at least 1, found {number} and {batch_size}")
-    folder = shard_folder(target, shard)
+    step, total = writer.batch_size * PART_BATCHES, len(writer.records)
+    if not 1 <= number <= count or step < 1:
+        raise ConfigError(f"expected a shard from 1 to {count} and a batch_size of at least 1, found {number} and {writer.batch_size}")
     meta = {
-        "fingerprint": discriminator.fingerprint(),
-        "cross_fitted": bool(getattr(discriminator, "cross_fitted", False)),
-        "segmenter": segmenter.settings(),
-        "score_thinking": score_thinking,
-        "batch_size": batch_size,
-        "rows": len(records),
+        "fingerprint": writer.discriminator.fingerprint(),
+        "cross_fitted": bool(getattr(writer.discriminator, "cross_fitted", False)),
+        "segmenter": writer.segmenter.settings(),
+        "score_thinking": writer.score_thinking,
+        "batch_size": writer.batch_size,
+        "rows": total,
         "shards": count,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    begin, end = len(records) * (number - 1) // count, len(records) * number // count
-    step = batch_size * PART_BATCHES
-    with _locked(folder):
-        _begin(folder, meta, resume=resume)
+    writer.folder.mkdir(parents=True, exist_ok=True)
+    begin, end = total * (number - 1) // count, total * number // count
+    ranges = (range(start, min(start + step, end)) for start in range(begin, end, step))
+    with _locked(writer.folder):
+        _begin(writer.folder, meta, resume=resume)
         try:
-            for start in range(begin, end, step):
-                mine = range(start, min(start + step, end))
-                part = folder / f"part-{start:012d}-{mine.stop:012d}.arrow"
-                if part.exists():
-                    _check_part(part, (records[i] for i in mine), score_thinking)
-                else:
-                    write_part(part, _rows(records, mine, discriminator, segmenter, batch_size, score_thinking))
+            for _ in spread(ranges) if spread else map(writer, ranges):
+                pass
         except BaseException:
-            if not any(folder.glob("part-*.arrow")):
-                shutil.rmtree(folder)  # nothing to go on with
+            if not any(writer.folder.glob("part-*.arrow")):
+                shutil.rmtree(writer.folder)  # nothing to go on with
             raise
-
-
-def _rows(
-    records: Sequence[Record], numbers: range, discriminator: Discriminator, segmenter: Segmenter, batch_size: int, score_thinking: bool
-) -> Iterator[list[Row]]:
-    for first in range(numbers.start, numbers.stop, batch_size):
-        batch = [records[i] for i in range(first, min(first + batch_size, numbers.stop))]
-        yield _scored(batch, discriminator, segmenter, score_thinking)
 
 
 def _begin(folder: Path, meta: dict[str, Any], *, resume: bool) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aapa_lightning.commands.columns import add_column_option, parse_columns
+from aapa_lightning.commands.devices import add_device_options, on_devices, pick_devices
 
 if TYPE_CHECKING:
     from aapa_lightning.anchor.bank import ExpertBank
-    from aapa_lightning.anchor.base import Discriminator
-    from aapa_lightning.types import Record
+    from aapa_lightning.anchor.bank_build import PartWriter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_column_option(build)
     build.add_argument("--discriminator", required=True, help="folder that a discriminator run exported")
     build.add_argument("--encoder", help="where the discriminator's encoder lies now, if it has moved")
+    build.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the encoder's weights")
     build.add_argument("--out", required=True, help="folder to write; an existing bank is replaced")
     build.add_argument("--score-thinking", action="store_true", help="keep <think> blocks, as score_thinking of the anchor does")
     build.add_argument("--batch-size", type=int, default=256, help="records scored at a time (default: %(default)s)")
     build.add_argument("--resume", action="store_true", help="go on where a build with the same inputs stopped; starts anew where none is")
-    build.add_argument("--shard", metavar="I/N", help="score the I-th of N parts alone, one process each; then `aapa bank join`")
-    build.add_argument("--device", default="cpu", help="where to score (default: %(default)s)")
+    build.add_argument("--shard", metavar="I/N", help="score the I-th of N parts alone, on a machine each; then `aapa bank join`")
+    add_device_options(build)
     join = actions.add_parser("join", help="make a bank of shards", epilog="example: aapa bank join --out bank --shards 4")
     join.add_argument("--out", required=True, help="folder that the shards were built for; an existing bank is replaced")
     join.add_argument("--shards", type=int, required=True, help="number of shards")
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build a bank or a shard of one, or join shards."""
     from aapa_lightning.anchor.bank import ExpertBank
+    from aapa_lightning.anchor.bank_build import build_parts
     from aapa_lightning.errors import ConfigError
 
     if args.action == "join":
@@ -47,38 +49,37 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--shards: expected a whole number above 0, found {args.shards}")
         return _report(ExpertBank.join(args.out, args.shards), args.out)
     shard = _shard(args.shard)
-    inputs = _inputs(args)
-    options = {"batch_size": args.batch_size, "score_thinking": args.score_thinking, "resume": args.resume}
-    if shard is None:
-        return _report(ExpertBank.build(args.out, *inputs, **options), args.out)
-    ExpertBank.build_shard(args.out, *inputs, None, shard, **options)
-    print(f"shard {shard[0]} of {shard[1]} is built; when all are: aapa bank join --out {args.out} --shards {shard[1]}")
-    return 0
-
-
-def _inputs(args: argparse.Namespace) -> tuple[Sequence[Record], Discriminator]:
-    import torch
-
-    from aapa_lightning.anchor.load import load_discriminator
-    from aapa_lightning.data.records import read_records, take
-    from aapa_lightning.errors import ConfigError
-
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {args.device}: torch {torch.__version__} finds no GPU; use --device cpu")
+    devices = pick_devices(args.device, args.devices)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected a whole number above 0, found {args.batch_size}")
+    writer = _writer(args, shard, devices[0] if len(devices) == 1 else "cpu")
+    with on_devices(partial(_writer, args, shard) if len(devices) > 1 else lambda _: writer, devices) as spread:
+        build_parts(writer, shard, resume=args.resume, spread=spread)
+    if args.shard:
+        print(f"shard {shard[0]} of {shard[1]} is built; when all are: aapa bank join --out {args.out} --shards {shard[1]}")
+        return 0
+    return _report(ExpertBank.join(args.out, 1), args.out)
+
+
+def _writer(args: argparse.Namespace, shard: tuple[int, int], device: str) -> PartWriter:
+    from aapa_lightning.anchor.bank import ExpertBank
+    from aapa_lightning.anchor.load import load_discriminator
+    from aapa_lightning.data.records import read_records, take
+
     records = read_records(args.data, split=args.split, experts=args.experts, columns=parse_columns(args.column))
     if args.missing_experts == "drop":
         # numbers, not records: of a large file these stay on disk
         records = take(records, [i for i in range(len(records)) if records[i].experts])
-    return records, load_discriminator(args.discriminator, encoder=args.encoder).to(args.device)
+    discriminator = load_discriminator(args.discriminator, encoder=args.encoder, trust_remote_code=args.trust_remote_code).to(device)
+    options = {"batch_size": args.batch_size, "score_thinking": args.score_thinking}
+    return ExpertBank.part_writer(args.out, records, discriminator, None, shard, **options)
 
 
-def _shard(text: str | None) -> tuple[int, int] | None:
+def _shard(text: str | None) -> tuple[int, int]:
     from aapa_lightning.errors import ConfigError
 
     if text is None:
-        return None
+        return 1, 1
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ConfigError(f"--shard: expected I/N with I from 1 to N, such as 2/4, found {text!r}")

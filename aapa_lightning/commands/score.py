@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from aapa_lightning.commands.devices import add_device_options
 from aapa_lightning.errors import ConfigError
 
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-thinking", action="store_true", help="keep <think> blocks, as score_thinking of the anchor does")
     parser.add_argument("--batch-size", type=int, default=64, help="responses scored at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same inputs stopped; starts anew where none is")
-    parser.add_argument("--device", default="auto", help="where to score; auto takes a GPU where there is one (default: %(default)s)")
+    add_device_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
 
     from aapa_lightning.anchor.load import load_discriminator
     from aapa_lightning.anchor.signal import AnchorOptions
+    from aapa_lightning.commands.devices import on_devices, pick_devices
     from aapa_lightning.commands.joined import PromptIndex, read_answers
     from aapa_lightning.commands.journal import Journal, check_not_input, check_output
     from aapa_lightning.commands.progress import Progress
-    from aapa_lightning.commands.scoring import ResponseScorer, digest_records, in_batches, schema, survey
+    from aapa_lightning.commands.scoring import digest_records, in_batches, schema, start_scorer, survey
     from aapa_lightning.data.records import read_records, require_experts, take
 
     options = AnchorOptions(args.transform, args.tau, args.pool, args.softmin_temperature)
@@ -47,13 +50,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     check_not_input(args.out, prompts=args.prompts, responses=args.responses, experts=args.experts)
     check_output(Path(args.out), resume=args.resume)
-    device = _device(args.device)
+    devices = pick_devices(args.device, args.devices)
     if not sys.stderr.isatty():
         disable_progress_bar()
     records = read_records(args.prompts, split=args.split, experts=args.experts)
     index = PromptIndex(records)
     found = survey(read_answers(args.responses, index), records)
-    discriminator = load_discriminator(args.discriminator, encoder=args.encoder, trust_remote_code=args.trust_remote_code).to(device)
+    load = partial(load_discriminator, args.discriminator, encoder=args.encoder, trust_remote_code=args.trust_remote_code)
+    discriminator = load()
     answered = take(records, found.positions)
     if discriminator.needs_experts:
         require_experts(answered, "the discriminator compares every response with an expert's (--experts FILE)")
@@ -70,14 +74,16 @@ def run(args: argparse.Namespace) -> int:
         "score_thinking": args.score_thinking,
         "rows": found.rows,
     }
-    scorer = ResponseScorer(discriminator, options, score_thinking=args.score_thinking)
+    start = partial(start_scorer, load if len(devices) > 1 else lambda: discriminator, options, args.score_thinking)
     with Journal(args.out, meta, resume=args.resume, batch=args.batch_size) as journal:
         if not journal.complete:
             progress = Progress(found.rows, "responses", done=journal.rows)
             rest = islice(read_answers(args.responses, index), journal.rows, None)
-            for batch in in_batches(rest, args.batch_size):
-                journal.append(scorer(batch, [records[answer.position] for answer in batch]))
-                progress.advance(len(batch))
+            batches = ((batch, [records[answer.position] for answer in batch]) for batch in in_batches(rest, args.batch_size))
+            with on_devices(start, devices) as spread:
+                for rows in spread(batches):
+                    journal.append(rows)
+                    progress.advance(len(rows))
             if journal.rows != found.rows:
                 raise ConfigError(f"{args.responses} has changed while it was read; run again")
             journal.finish(schema())
@@ -91,18 +97,3 @@ def _check(args: argparse.Namespace) -> None:
     responses = Path(args.responses)
     if responses.exists() and not responses.is_file():
         raise ConfigError(f"--responses {responses} is no plain file; it is read twice, so that mistakes are found before any scoring")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if available else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ConfigError(f"--device: expected auto, cpu or cuda:N, found {name!r}") from error
-    if kind == "cuda" and not available:
-        raise ConfigError(f"--device {name}: torch {torch.__version__} finds no GPU; use --device cpu")
-    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,17 @@ def in_batches(answers: Iterable[Answer], size: int) -> Iterator[list[Answer]]:
     iterator = iter(answers)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+Batch = tuple[Sequence[Answer], Sequence[Record]]
+
+
+def start_scorer(
+    load: Callable[[], Discriminator], options: AnchorOptions, score_thinking: bool, device: str
+) -> Callable[[Batch], list[dict[str, Any]]]:
+    """A scorer on a device, of answers with the records that they answer; in one argument, as ``map`` gives it."""
+    scorer = ResponseScorer(load().to(device), options, score_thinking=score_thinking)
+    return lambda batch: scorer(*batch)
 
 
 class ResponseScorer:

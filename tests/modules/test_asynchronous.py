@@ -41,6 +41,13 @@ def test_a_replica_draws_what_the_policy_draws(kit, spec) -> None:
     torch.testing.assert_close(kit.weights(copied), kit.weights(plain), rtol=0, atol=0)
 
 
+def assert_no_thread_is_left() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("rollouts"):
+            thread.join(60)  # it has been told to end
+            assert not thread.is_alive()
+
+
 def test_every_window_but_the_first_is_drawn_in_the_background_by_weights_one_window_old(kit, spec) -> None:
     module = asynchronous(kit, spec, minibatches=2, engine=Watched)  # two optimiser steps a window
     engines = []
@@ -52,7 +59,7 @@ def test_every_window_but_the_first_is_drawn_in_the_background_by_weights_one_wi
 
     kit.fit(module, kit.make_trainer(8, callbacks=[Keep()], logger=rows))
     assert engines[0].drawn == [(0, 0, True), (1, 0, False), (2, 2, False), (3, 4, False), (4, 6, False)]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollouts")]
+    assert_no_thread_is_left()
     drift = [abs(row["train/policy/engine_kl"]) for _, row in rows.rows if "train/policy/engine_kl" in row]
     assert max(drift[:2]) < 1e-6
     assert min(drift[2:]) > 1e-6  # the policy has moved on
@@ -136,10 +143,7 @@ def test_a_draw_that_fails_costs_no_checkpoint_and_leaves_no_thread(kit, spec, t
     with pytest.raises(RuntimeError, match="the engine broke"):
         kit.fit(module, kit.make_trainer(5, callbacks=[Break(), kit.SaveAt(tmp_path)]))
     assert torch.load(tmp_path / "step=2.ckpt", weights_only=True)["aapa"]["ahead"][0].keys() == {1}
-    for thread in threading.enumerate():
-        if thread.name.startswith("rollouts"):
-            thread.join(10)
-            assert not thread.is_alive()
+    assert_no_thread_is_left()
 
 
 @pytest.mark.parametrize("options", [{"rollout_rows": 0}, {"eval_batch_size": 0}])
