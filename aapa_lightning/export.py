@@ -16,7 +16,7 @@ from aapa_lightning.adapters.quantization import is_quantized
 from aapa_lightning.adapters.weights import adapter_base, assembled, merged_model, save_adapter
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.policy import PolicySpec, load_policy, load_tokenizer
-from aapa_lightning.sharding.files import in_memory, is_checkpoint_folder, read_checkpoint
+from aapa_lightning.sharding.files import in_memory, is_checkpoint_folder, is_deepspeed_folder, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def export_policy(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     path = Path(checkpoint)
-    if not (path.is_file() or is_checkpoint_folder(path)):
+    if not (path.is_file() or is_checkpoint_folder(path) or is_deepspeed_folder(path)):
         raise ConfigError(f"export: expected a checkpoint, file or folder, found nothing at {path}")
     loaded = _read_checkpoint(path)
     saved = loaded.get("aapa", {}).get("policy")

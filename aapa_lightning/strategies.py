@@ -1,4 +1,4 @@
-"""``--trainer.strategy fsdp2``: Lightning's strategy of sharded models, set up for data parallelism alone, with checkpoints of its own."""
+"""``--trainer.strategy fsdp2`` and ``deepspeed_stage_2``: Lightning's own, with checkpoints that a kill leaves whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +22,7 @@ from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.sharding import reshard
-from aapa_lightning.sharding.files import SavedTensor, local_rows, map_tensors, publish, read_checkpoint, write_folder
+from aapa_lightning.sharding.files import SavedTensor, is_deepspeed_folder, local_rows, map_tensors, publish, read_checkpoint, write_folder
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -74,11 +76,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             if self.global_rank == 0:
                 self.checkpoint_io.save_checkpoint(whole, path)
             return
-        folder = path.with_name(f".{path.name}.{self.broadcast(uuid.uuid4().hex[:8])}")
+        folder = _new_folder(self, path)
         write_folder(checkpoint, folder, self.global_rank, self.barrier)
-        if self.global_rank == 0:
-            publish(folder, path)
-        self.barrier()
+        _publish(self, folder, path)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -113,6 +113,63 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.model is None:
             raise RuntimeError("the strategy has no model yet")
         return self.model
+
+
+class ZeROStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO stages 1 and 2. Registered as ``deepspeed``, ``deepspeed_stage_1``, ``deepspeed_stage_2`` and with ``_offload``.
+
+    A checkpoint is a folder of DeepSpeed's, written whole before it takes its place. Takes Lightning's arguments.
+    """
+
+    @override
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise ConfigError(
+                f"trainer.strategy: DeepSpeed expects --trainer.accelerator gpu, found {type(self.accelerator).__name__}; use ddp or fsdp2"
+            )
+        super().setup_environment()
+
+    @override
+    def init_deepspeed(self) -> None:
+        module = self.lightning_module
+        kept = [] if module is None else [(owner, name, value) for owner in module.modules() for name, value in owner._buffers.items()]
+        super().init_deepspeed()
+        for owner, name, value in kept:  # DeepSpeed rounds buffers too, and rotary frequencies in bfloat16 misplace far tokens
+            if value is not None:
+                owner._buffers[name] = value.to(self.root_device)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        folder = _new_folder(self, path)
+        super().save_checkpoint(checkpoint, folder, storage_options)
+        self.barrier()
+        _publish(self, folder, path)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if not is_deepspeed_folder(path):
+            raise ConfigError(
+                f"{path}: expected a checkpoint of DeepSpeed's stages 1 or 2, found another, or none; name the strategy that wrote it, or "
+                "start from its weights: aapa export writes a folder for policy.model"
+            )
+        ranks = read_checkpoint(path)["dp_world_size"]
+        trainer: Any = self.lightning_module and self.lightning_module.trainer
+        if trainer.state.fn == TrainerFn.FITTING and ranks != self.world_size:
+            raise ConfigError(f"{path}: DeepSpeed resumes on as many ranks as wrote the checkpoint, {ranks}; found {self.world_size}")
+        return super().load_checkpoint(path, weights_only)
+
+
+def _new_folder(strategy: Strategy, path: Path) -> Path:
+    """A hidden folder for a checkpoint that shall lie at ``path``; the same on all ranks."""
+    return path.with_name(f".{path.name}.{strategy.broadcast(uuid.uuid4().hex[:8])}")
+
+
+def _publish(strategy: Strategy, folder: Path, path: Path) -> None:
+    if strategy.is_global_zero:
+        publish(folder, path)
+    strategy.barrier()
 
 
 class _Gather:
@@ -158,3 +215,10 @@ def _place(value: Any, parameter: Tensor) -> Tensor:
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="parameters in shards over all devices")
+for _name, _options in {
+    "deepspeed": {},
+    "deepspeed_stage_1": {"stage": 1},
+    "deepspeed_stage_2": {"stage": 2},
+    "deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+}.items():
+    StrategyRegistry.register(_name, ZeROStrategy, description="DeepSpeed's ZeRO stages 1 and 2", override=True, **_options)

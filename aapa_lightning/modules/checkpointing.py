@@ -57,6 +57,19 @@ def gather_over_ranks(state: Any) -> list[Any]:
     return states
 
 
+def check_optimizer(checkpoint: dict[str, Any], trainer: Any) -> None:
+    """Refuse to train on without the optimiser's state.
+
+    Raises:
+        ConfigError: DeepSpeed wrote the checkpoint and another strategy shall continue it, or it holds weights alone.
+    """
+    if trainer.training and "optimizer_states" not in checkpoint and not trainer.strategy.handles_gradient_accumulation:
+        raise ConfigError(
+            "resume: the checkpoint holds no optimiser state that this strategy reads; resume with the strategy that wrote it "
+            "(deepspeed_stage_1 or deepspeed_stage_2?), or start from its weights: aapa export writes a folder for policy.model"
+        )
+
+
 def check_plan(saved: dict[str, int], plan: WindowPlan, inside_window: bool) -> None:
     """Refuse to resume where another plan would shift or lose prompts.
 

@@ -39,6 +39,21 @@ def refuse_engine(module: L.LightningModule) -> None:
         )
 
 
+def prepare_engine(module: L.LightningModule) -> None:
+    """Refuse what ``refuse_engine`` does, and complete DeepSpeed's settings before there is a model; nothing under other strategies."""
+    refuse_engine(module)
+    strategy: Any = module.trainer.strategy
+    if strategy.handles_gradient_accumulation:
+        strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)  # or Lightning asks the loader, which needs the tokenizer
+        strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading keeps the optimiser of the configuration
+
+
+def engine_of(module: L.LightningModule) -> Any:
+    """DeepSpeed's engine around the module in training; None under any other strategy."""
+    strategy: Any = module.trainer.strategy
+    return strategy.deepspeed_engine if strategy.handles_gradient_accumulation else None
+
+
 def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a policy for a module; where the strategy shards, every rank only the rows that it keeps. All ranks call it together.
 
@@ -48,7 +63,9 @@ def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrained
     refuse_engine(module)
     precision = trainer_precision(module)
     if module.device_mesh is None:
-        return load_policy(spec, precision)
+        model, tokenizer = load_policy(spec, precision)
+        _cast_as_engine(module, model)
+        return model, tokenizer
     if spec.quantization != "none":
         raise ConfigError(f"policy.quantization={spec.quantization}: quantised weights cannot be sharded; use --trainer.strategy ddp")
     model, tokenizer = load_policy(spec, precision, weights=False)
@@ -66,6 +83,18 @@ def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrained
     if spec.lora is not None:
         cast(Any, model).aapa_base = strategy.broadcast(base)
     return model, tokenizer
+
+
+def _cast_as_engine(module: L.LightningModule, model: nn.Module) -> None:
+    """Round a model's parameters as DeepSpeed will round the module's: its references are no part of the module, but equal its start."""
+    trainer: Any = module._trainer
+    if trainer is None or not trainer.strategy.handles_gradient_accumulation:
+        return
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if trainer.strategy.config.get(name, {}).get("enabled"):
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
 
 
 def place(module: L.LightningModule, model: nn.Module) -> None:

@@ -19,8 +19,9 @@ from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
 from aapa_lightning.loop.terms import LossTerm, total_loss
-from aapa_lightning.modules.checkpointing import check_plan, gather_over_ranks, rescale_progress, rewind_progress
+from aapa_lightning.modules.checkpointing import check_optimizer, check_plan, gather_over_ranks, rescale_progress, rewind_progress
 from aapa_lightning.modules.meter import StepMeter
+from aapa_lightning.modules.parallel import engine_of, prepare_engine
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
 from aapa_lightning.modules.term_norms import TermNorms
 from aapa_lightning.seeds import seed_everything
@@ -170,6 +171,11 @@ class WindowedModule(L.LightningModule):
 
     # Training ------------------------------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Raise ConfigError for settings of DeepSpeed that training in windows does not go with."""
+        super().setup(stage)
+        prepare_engine(self)
+
     def on_train_start(self) -> None:
         """Forget what an earlier fit left behind."""
         if not isinstance(self.trainer.train_dataloader, WindowLoader) or self.plan is None:
@@ -214,18 +220,32 @@ class WindowedModule(L.LightningModule):
         return self.open(step, plan)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the step out on all ranks if it is not finite on one, and log the step."""
+        """Leave the step out on all ranks if it is not finite on one, and log the step. Under DeepSpeed ``optimizer_step`` does."""
+        if engine_of(self) is not None:
+            return
         norm = gradient_norm(self.parameters())
-        healthy = norm if self._losses_finite else norm * float("nan")
-        finite = all_finite(healthy, self.sum_over_ranks)
+        finite = all_finite(norm if self._losses_finite else norm * float("nan"), self.sum_over_ranks)
         if not finite:
-            if self.trainer.strategy.handles_gradient_accumulation:
-                raise RuntimeError(
-                    f"the loss of step {self.global_step} is not finite, and DeepSpeed, which keeps the gradients, would take the step; "
-                    "resume from the last checkpoint with a lower learning rate, or use --trainer.strategy fsdp2, which leaves it out"
-                )
             for parameter in self.parameters():
                 parameter.grad = None
+        self._end_step(norm, finite)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step. DeepSpeed leaves steps out by itself: log what it did, or raise RuntimeError for what it should not have."""
+        super().optimizer_step(*args, **kwargs)
+        engine = engine_of(self)
+        if engine is None:
+            return
+        norm, applied = torch.tensor(float(engine.get_global_grad_norm() or 0.0)), engine.was_step_applied()
+        if applied and not all_finite(norm if self._losses_finite else norm * float("nan"), self.sum_over_ranks):
+            raise RuntimeError(
+                f"the loss or gradient of step {self.global_step} is not finite, and DeepSpeed took the step; resume from the last "
+                "checkpoint with a lower learning rate, or use --trainer.strategy fsdp2, which leaves it out"
+            )
+        self._end_step(norm, applied)
+
+    def _end_step(self, norm: Tensor, finite: bool) -> None:
+        """Log an optimiser step and count it."""
         self._losses_finite = True
         # at every step of the window: a row holds the same columns whether or not the run was resumed just before it
         if self._window is not None:
@@ -271,6 +291,7 @@ class WindowedModule(L.LightningModule):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("aapa", {})
         if "plan" in state:
+            check_optimizer(checkpoint, self.trainer)
             rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
             self._restored = {"plan": state["plan"], "window": state["window"]}
             self.skipped.load_state_dict(state["skipped"])

@@ -26,6 +26,8 @@ from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.files import atomic_write
 
 _INDEX = "checkpoint.pt"
+#: What DeepSpeed's ZeRO stages 1 and 2 write beside the optimiser's shards: the whole weights, and all that is Lightning's and ours.
+_DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")
 #: Key of a note: its value is the tensor's number.
 _NOTE = "__shards__"
 
@@ -141,8 +143,15 @@ def is_checkpoint_folder(path: Path) -> bool:
     return (path / _INDEX).is_file()
 
 
+def is_deepspeed_folder(path: Path) -> bool:
+    """Whether a folder is a checkpoint of DeepSpeed's ZeRO stages 1 and 2."""
+    return (path / _DEEPSPEED).is_file()
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, file or folder, without unpickling objects. Tensors stay on disk until they are used.
+
+    Of a checkpoint of DeepSpeed's everything but the optimiser's state is read.
 
     Returns:
         The checkpoint; in the place of sharded tensors ``SavedTensor``.
@@ -155,6 +164,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"no checkpoint at {path}; expected a file or folder written by a fit run, such as RUN/checkpoints/last.ckpt")
     if not path.is_dir():
         return _read(path)
+    if is_deepspeed_folder(path):
+        states: dict[str, Any] = _read(path / _DEEPSPEED)
+        return {**states, "state_dict": states["module"]}
     if not is_checkpoint_folder(path):
         raise ConfigError(f"{path}: expected a checkpoint folder written by --trainer.strategy fsdp2, found no {_INDEX} in it")
     tensors: dict[int, SavedTensor] = {}

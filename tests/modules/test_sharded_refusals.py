@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from aapa_lightning.adapters import LoraSpec
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.modules.parallel import load_placed, place, refuse_engine
+from aapa_lightning.modules.parallel import load_placed, place, prepare_engine, refuse_engine
 from aapa_lightning.strategies import FSDP2Strategy
 
 
@@ -58,15 +59,49 @@ def test_settings_of_deepspeed():
         refuse_engine(module_on(zero_stage_3=False, accumulate=4))
 
 
-def test_a_step_that_deepspeed_would_take_ends_the_run(kit, spec, monkeypatch):
-    class Poisoned(kit.L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            monkeypatch.setattr(type(trainer.strategy), "handles_gradient_accumulation", True)
-            trainer.strategy.zero_stage_3 = False
-            pl_module._losses_finite = False
+class Engine(Callback):
+    """Stands for DeepSpeed's engine: the plain step is taken, or left out, and this is what the engine says of it."""
 
-    with pytest.raises(RuntimeError, match="loss of step 0 is not finite, and DeepSpeed"):
-        kit.fit(kit.make_module("sft", spec), kit.make_trainer(1, callbacks=[Poisoned()]))
+    def __init__(self, norm, applied, monkeypatch):
+        self.said = SimpleNamespace(get_global_grad_norm=lambda: norm, was_step_applied=lambda: applied)
+        self.monkeypatch = monkeypatch
+
+    def on_train_start(self, trainer, pl_module):
+        self.monkeypatch.setattr(type(trainer.strategy), "handles_gradient_accumulation", True)
+        trainer.strategy.deepspeed_engine = self.said
+
+
+@pytest.mark.parametrize("norm", [float("inf"), None])
+def test_a_step_that_deepspeed_left_out_is_counted(kit, spec, monkeypatch, norm):
+    rows = kit.Rows()
+    module = kit.make_module("sft", spec)
+    kit.fit(module, kit.make_trainer(2, logger=rows, callbacks=[Engine(norm, False, monkeypatch)]))
+    assert [row["train/skipped_steps"] for _, row in rows.rows] == [1.0, 2.0]
+    assert [row["train/grad_norm"] for _, row in rows.rows] == [norm or 0.0] * 2
+
+
+def test_the_norm_of_a_step_is_that_of_deepspeed(kit, spec, monkeypatch):
+    rows = kit.Rows()
+    kit.fit(kit.make_module("sft", spec), kit.make_trainer(2, logger=rows, callbacks=[Engine(0.25, True, monkeypatch)]))
+    assert [(row["train/grad_norm"], row["train/skipped_steps"]) for _, row in rows.rows] == [(0.25, 0.0)] * 2
+
+
+@pytest.mark.parametrize(("norm", "finite_loss"), [(1.0, False), (float("nan"), True)])
+def test_a_step_that_deepspeed_should_have_left_out_ends_the_run(kit, spec, monkeypatch, norm, finite_loss):
+    class Poisoned(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            pl_module._losses_finite = finite_loss
+
+    with pytest.raises(RuntimeError, match="step 0 is not finite, and DeepSpeed took the step"):
+        kit.fit(kit.make_module("sft", spec), kit.make_trainer(1, callbacks=[Engine(norm, True, monkeypatch), Poisoned()]))
+
+
+def test_deepspeed_is_told_what_it_would_look_for_before_there_is_a_model():
+    module = module_on(zero_stage_3=False)
+    module.trainer.strategy.config = {"zero_force_ds_cpu_optimizer": True}
+    prepare_engine(module)
+    assert module.trainer.strategy.config == {"zero_force_ds_cpu_optimizer": True, "train_micro_batch_size_per_gpu": 1}
+    prepare_engine(module_on())
 
 
 def test_a_module_without_a_model_to_shard_is_named(kit):
