@@ -6,12 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 
 from aapa_lightning.adapters import LoraSpec
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.modules.checkpointing import check_optimizer
 from aapa_lightning.modules.parallel import load_placed, place, prepare_engine, refuse_engine
-from aapa_lightning.strategies import FSDP2Strategy
+from aapa_lightning.sharding.files import read_step
+from aapa_lightning.strategies import FSDP2Strategy, ZeROStrategy
 
 
 class Mesh:
@@ -102,6 +106,73 @@ def test_deepspeed_is_told_what_it_would_look_for_before_there_is_a_model():
     prepare_engine(module)
     assert module.trainer.strategy.config == {"zero_force_ds_cpu_optimizer": True, "train_micro_batch_size_per_gpu": 1}
     prepare_engine(module_on())
+
+
+def test_weights_alone_are_not_trained_on():
+    def trainer(training=True, engine=False):
+        return SimpleNamespace(training=training, strategy=SimpleNamespace(handles_gradient_accumulation=engine))
+
+    with pytest.raises(ConfigError, match=r"no optimiser state that this strategy reads.*aapa export"):
+        check_optimizer({}, trainer())
+    check_optimizer({}, trainer(training=False))
+    check_optimizer({}, trainer(engine=True))
+    check_optimizer({"optimizer_states": []}, trainer())
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"])
+def test_the_names_of_deepspeed_are_our_strategy(name):
+    assert StrategyRegistry[name]["strategy"] is ZeROStrategy
+
+
+class Zero(ZeROStrategy):
+    """As much of the strategy as lies outside of DeepSpeed."""
+
+    def __init__(self, ranks=1, fitting=True):
+        self.accelerator, self.cluster_environment, self.ranks = CPUAccelerator(), None, ranks
+        fn = TrainerFn.FITTING if fitting else TrainerFn.VALIDATING
+        self._lightning_module = SimpleNamespace(trainer=SimpleNamespace(state=SimpleNamespace(fn=fn)), strict_loading=True)
+        self.model = SimpleNamespace(save_checkpoint=self.save, load_checkpoint=lambda path, **_: (path, {"read": str(path)}))
+        self.load_full_weights, self.exclude_frozen_parameters, self.config = False, False, {}
+
+    @property
+    def world_size(self):
+        return self.ranks
+
+    def save(self, folder, client_state, tag, **_):
+        (folder / tag).mkdir(parents=True)
+        torch.save({**client_state, "module": {}, "dp_world_size": 2}, folder / tag / "mp_rank_00_model_states.pt")
+
+
+def test_deepspeed_wants_gpus():
+    with pytest.raises(ConfigError, match=r"DeepSpeed expects --trainer.accelerator gpu, found CPUAccelerator"):
+        Zero().setup_environment()
+
+
+def test_checkpoints_of_deepspeed_replace_each_other_whole(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for step in (1, 2):
+        Zero().save_checkpoint({"global_step": step, "state_dict": {}, "optimizer_states": []}, path)
+        assert read_step(path) == step
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.readlink().name, "last.ckpt"]
+    assert Zero(ranks=2).load_checkpoint(path) == {"read": str(path)}
+    assert Zero(ranks=1, fitting=False).load_checkpoint(path) == {"read": str(path)}
+    with pytest.raises(ConfigError, match="as many ranks as wrote the checkpoint, 2; found 1"):
+        Zero(ranks=1).load_checkpoint(path)
+    with pytest.raises(ConfigError, match="expected a checkpoint of DeepSpeed's stages 1 or 2, found another, or none"):
+        Zero().load_checkpoint(tmp_path)
+
+
+def test_a_model_is_rounded_as_deepspeed_rounds_it(spec):
+    for config, dtype in (
+        ({}, torch.float32),
+        ({"bf16": {"enabled": False}}, torch.float32),
+        ({"bf16": {"enabled": True}}, torch.bfloat16),
+    ):
+        module = module_on(zero_stage_3=False)
+        module.trainer.strategy.config = config
+        model, _ = load_placed(module, spec)
+        assert {value.dtype for value in model.parameters()} == {dtype}
+        assert {value.dtype for value in model.buffers()} == {torch.float32}
 
 
 def test_a_module_without_a_model_to_shard_is_named(kit):
