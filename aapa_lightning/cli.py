@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as end:  # argparse has printed help, or what is wrong
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as end:
+        return _exit_code(end)
     except KeyboardInterrupt:
         print("aapa: interrupted", file=sys.stderr)
         return 130
@@ -83,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         traceback.print_exc()
         return 1
+
+
+def _exit_code(end: SystemExit) -> int:
+    """Of an exit by argparse, which has printed help or what is wrong, or by Lightning: 1 after Ctrl-C, no code after SIGTERM."""
+    exceptions = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    if exceptions is not None and isinstance(end, exceptions.SIGTERMException):
+        print("aapa: terminated", file=sys.stderr)
+        return 143
+    if isinstance(end.__context__, KeyboardInterrupt):
+        print("aapa: interrupted", file=sys.stderr)
+        return 130
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ class LineModule(L.LightningModule):
 
     def on_train_batch_end(self, *args):
         if os.environ.get("KILL_AT") == str(self.trainer.global_step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
 
     def validation_step(self, batch, batch_idx):
         self.log("val/weight", self.weight)
@@ -148,14 +149,30 @@ def test_resume_without_a_checkpoint_is_a_mistake(capsys):
     assert "no checkpoint at runs/line/checkpoints/last.ckpt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kill", [{"KILL_AT": "5"}, {"KILL_IN_VALIDATION_AT": "4"}])
-def test_killed_and_resumed_equals_uninterrupted(kill, folder):
+STOPS = {
+    "killed": ({"KILL_AT": "5"}, -signal.SIGKILL, ""),
+    "killed in validation": ({"KILL_IN_VALIDATION_AT": "4"}, -signal.SIGKILL, ""),
+    "killed before a checkpoint": ({"KILL_AT": "2"}, -signal.SIGKILL, ""),
+    "terminated": ({"KILL_AT": "5", "SIGNAL": str(int(signal.SIGTERM))}, 143, "aapa: terminated"),
+    "interrupted": ({"KILL_AT": "5", "SIGNAL": str(int(signal.SIGINT))}, 130, "aapa: interrupted"),
+}
+
+
+@pytest.mark.parametrize(("environment", "code", "message"), STOPS.values(), ids=STOPS)
+def test_stopped_and_resumed_equals_uninterrupted(environment, code, message, folder, capsys):
     validate = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null", "--checkpoint.every_n_steps=2"]
     words = ["fit", *LINE, "--trainer.max_steps=7", *validate, "--run_dir=killed"]
-    env = os.environ | kill | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    killed = subprocess.run([sys.executable, "-m", "aapa_lightning.cli", *words], env=env, check=False, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    env = os.environ | environment | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    command = [sys.executable, "-m", "aapa_lightning.cli", *words]
+    stopped = subprocess.run(command, env=env, check=False, capture_output=True, text=True, preexec_fn=heard)
+    assert stopped.returncode == code, stopped.stderr
+    assert message in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert main(words) == 2
+    assert "killed already holds a run; continue it with --resume" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
+    assert ("starting from the beginning" in capsys.readouterr().out) == (environment.get("KILL_AT") == "2")
     assert fit(*validate, "--run_dir=whole", steps=7) == 0
     assert Path("killed/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
     assert [row["step"] for row in metrics("whole") if row["val/weight"]] == ["1", "3", "5"]
@@ -242,14 +259,6 @@ def test_an_unknown_key_in_a_file_names_it(folder, capsys):
 def test_a_bug_has_a_traceback_and_exit_code_1(capsys):
     assert fit("--model.fail=bug") == 1
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_an_interrupt_is_130(monkeypatch):
-    def interrupted(arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("aapa_lightning.cli._dispatch", interrupted)
-    assert main(["doctor"]) == 130
 
 
 def test_help_lists_every_command_with_an_example(capsys):

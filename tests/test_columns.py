@@ -46,7 +46,7 @@ def test_a_column_without_a_name_is_refused(questions, capsys):
 
 
 def test_a_bank_takes_columns_and_may_drop_records_without_an_expert(questions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("aapa_lightning.anchor.load.load_discriminator", lambda folder, encoder=None: Judge())
+    monkeypatch.setattr("aapa_lightning.anchor.load.load_discriminator", lambda *args, **kwargs: Judge())
     columns = ["--column", "prompt=question", "--column", "expert=answer"]
     words = ["bank", "build", "--data", str(questions), "--discriminator", "judge", "--out", str(tmp_path / "bank"), *columns]
     assert main(words) == 2

@@ -95,9 +95,8 @@ def test_no_process_outlives_the_first(tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(code)
     (tmp_path / "told").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, script, Path(__file__).parent, tmp_path / "told"], env=env, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, script, Path(__file__).parent, tmp_path / "told"]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(found := list((tmp_path / "told").iterdir())) < 2:
         assert process.poll() is None, process.stderr.read()
@@ -113,6 +112,7 @@ def test_no_process_outlives_the_first(tmp_path, number):
 
 
 def endless(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     with on_devices(partial(work, Path(folder)), ["a", "b"]) as spread:
         list(spread([99, 99]))
 

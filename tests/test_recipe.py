@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from aapa_lightning.recipe.summary import text_table
 
 #: Stands in for the interpreter: notes its arguments, then does what its environment says.
 STAGE = """
-import json, os, pathlib, sys
+import json, os, pathlib, sys, time
 words = sys.argv[3:]  # after -m aapa_lightning.cli
 run = pathlib.Path(next(w.removeprefix("--run_dir=") for w in words if w.startswith("--run_dir=")))
 with open("calls.jsonl", "a") as calls:
@@ -27,6 +30,9 @@ if os.environ.get("CHECKPOINT"):
 print("working\\r50%\\r100%")
 if pathlib.Path("fail").exists() and os.environ.get("STAGE") == pathlib.Path("fail").read_text():
     sys.exit("it broke")
+if os.environ.get("WAIT"):
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    time.sleep(600)
 (run / "test_metrics.json").write_text(os.environ.get("METRICS", "{}"))
 """
 
@@ -90,6 +96,23 @@ def test_an_interrupted_fit_continues_its_checkpoint_or_starts_again(checkpoint)
     assert main(["recipe", recipe]) == 0
     assert ("--resume" in calls()[-1]) == checkpoint
     assert Path("out/a/leftover").exists() == checkpoint
+
+
+def test_a_terminated_recipe_ends_its_stage_and_goes_on_with_it(folder):
+    recipe = write(stage("a", env={"CHECKPOINT": "1", "WAIT": "1"}))
+    command = [sys.executable, "-m", "aapa_lightning.cli", "recipe", recipe]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, cwd=folder)
+    while not (Path("pid").exists() and Path("pid").read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+    assert json.loads(Path("out/recipe_state.json").read_text())["a"]["status"] == "running"
+    Path("stage.py").write_text(STAGE.replace("600", "0"))
+    assert main(["recipe", recipe]) == 0
+    assert "--resume" in calls()[-1]
 
 
 def test_a_changed_stage_is_refused_until_asked(capsys):

@@ -79,7 +79,9 @@ def merged_model(model: Any) -> Any:
 def assembled(model: Any, state: Mapping[str, Tensor]) -> Any:
     """A model in one piece, for one whose parameters lie in shards and whose whole state dictionary is ``state``."""
     base = model.get_base_model()
-    with torch.device("meta"):  # of what fully_shard has turned into a class of its own, this makes a plain one
+    # of what fully_shard has turned into a class of its own, this makes a plain one
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # a question that peft asks transformers
         plain = type(base)(copy.deepcopy(base.config))
         twin = peft_package().get_peft_model(plain, copy.deepcopy(model.active_peft_config))
     twin.load_state_dict(state, assign=True)

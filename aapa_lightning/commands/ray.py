@@ -68,8 +68,8 @@ def work(call: dict[str, Any]) -> None:
 
     try:
         run_worker(**call)
-    except SystemExit as end:  # help was printed
-        if end.code:
+    except SystemExit as end:  # help was printed, or Lightning heard a SIGTERM
+        if end.code or type(end) is not SystemExit:
             raise
     except Exception as error:
         if is_users_error(error):

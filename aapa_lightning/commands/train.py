@@ -126,11 +126,16 @@ class AapaCLI(LightningCLI):
         return f"runs/{'aapa-' if anchored else ''}{name}"
 
     def _claim(self) -> None:
-        """Refuse a folder that holds another run; find the checkpoint to continue."""
+        """Refuse a folder that holds another run; find the checkpoint to continue, if the run has come so far."""
         if self.resume:
-            if self.checkpoint is None and not last_checkpoint(self.run_dir).exists():
-                raise ConfigError(f"--resume: no checkpoint at {last_checkpoint(self.run_dir)}; leave --resume out to start the run")
-            self.checkpoint = self.checkpoint or str(last_checkpoint(self.run_dir))
+            last = last_checkpoint(self.run_dir)
+            if self.checkpoint is None and last.exists():
+                self.checkpoint = str(last)
+            if self.checkpoint is None:
+                if not (self.run_dir / "config.yaml").exists():
+                    raise ConfigError(f"--resume: no checkpoint at {last}, and no run that has begun; leave --resume out to start it")
+                if not _get_rank():
+                    print(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the beginning")
         elif not _get_rank() and not self._dry and holds_run(self.run_dir):
             raise ConfigError(
                 f"{self.run_dir} already holds a run; continue it with --resume, choose another folder with --run_dir, or remove it"
@@ -171,7 +176,7 @@ class AapaCLI(LightningCLI):
             return False
         ours: list[Logger] = [MetricsCSV(self.run_dir)]
         if chosen in (None, True) and RequirementCache("tensorboard"):
-            purge: dict[str, Any] = {"purge_step": _saved_step(self.checkpoint)} if self.resume else {}
+            purge: dict[str, Any] = {"purge_step": _saved_step(self.checkpoint) if self.checkpoint else 0} if self.resume else {}
             ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours

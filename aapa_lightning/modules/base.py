@@ -99,6 +99,8 @@ class PolicyModule(DrawsAhead):
         """
         trainer = self.trainer
         plan = self.make_plan(trainer.accumulate_grad_batches, trainer.world_size)
+        if plan.prompts or plan.sample_demonstrations:
+            self.engine.check_training()
         self.check_asynchronous()
         prompts = splits["train"]
         prompts, demonstrations = self.training_records(plan, prompts, splits.get("demonstrations", prompts))

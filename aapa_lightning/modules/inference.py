@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from aapa_lightning.adapter_checkpoints import check_adapters, keep_adapters
@@ -67,7 +68,7 @@ class InferenceModule(L.LightningModule):
         engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first
             three arguments are filled in).
         rollout_rows: responses that an embedded engine generates at once; None for all.
-        eval_batch_size: prompts of an evaluation batch.
+        eval_batch_size: prompts of an evaluation batch, on each device.
         eval_samples: responses per prompt in evaluation; 0 evaluates expert likelihood alone.
         eval_temperature: of the responses in evaluation; None takes that of ``sampling``.
         predict_temperatures: temperatures at which ``predict`` draws.
@@ -237,13 +238,23 @@ class InferenceModule(L.LightningModule):
         # of all ranks already: equal values have this mean, and without sync_dist Lightning warns of every figure
         self.log_dict({f"{stage}/{name}": value for name, value in figures.items()}, sync_dist=True)
 
+    def _weights_may_change(self) -> None:
+        trainer: Any = self.trainer
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            self.engine.forget()
+
+    def on_validation_epoch_start(self) -> None:
+        """Let the engine take averaged weights."""
+        self._weights_may_change()
+
     def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the validation split."""
         with gathered_parameters(self.model):  # ranks whose split has run out have nothing to call the model for
             self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/...``."""
+        """Log ``val/...``, and let the engine take the policy's weights again."""
+        self._weights_may_change()
         self._log_evaluation("val")
 
     def test_step(self, batch: EvalStep, batch_idx: int) -> None:

@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -150,6 +152,8 @@ def _run_stage(stage: Stage, recipe: Recipe, progress: Progress) -> int:
 def _run_and_copy(words: list[str], env: dict[str, str], log: TextIO) -> int:
     """Run a command, copy its output to the terminal and, without the frames of progress bars, to the log."""
     live = sys.stdout.isatty()
+    # the stage hears of a SIGTERM too, and this process ends after it
+    before = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
     process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603  # words, no shell
     if process.stdout is None:
         raise RuntimeError("the stage has no output pipe")
@@ -162,12 +166,22 @@ def _run_and_copy(words: list[str], env: dict[str, str], log: TextIO) -> int:
             _write_lines(lines, log, live)
         _write_lines([pending] if pending else [], log, live)
         code = process.wait()
+    except SystemExit:
+        process.terminate()
+        process.wait()
+        raise
     except BaseException:
         _end(process)
         raise
     finally:
         process.stdout.close()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return code if code >= 0 else 128 - code
+
+
+def _terminated(*_: Any) -> None:
+    raise SystemExit(143)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -77,6 +77,14 @@ class RolloutEngine(ABC):
         """
         return
 
+    def check_training(self) -> None:
+        """Raise ConfigError where the engine could not follow a policy in training; called before the first step."""
+        return
+
+    def forget(self) -> None:
+        """Take the weights anew at the next ``sync``, whatever its step: they are exchanged for a validation (averaged ones), or back."""
+        return
+
     def close(self) -> None:
         """Free what the engine holds: processes, connections, memory. Called when a run has ended; ``generate`` may come again."""
         return

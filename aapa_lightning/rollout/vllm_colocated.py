@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -86,6 +87,7 @@ class VLLMEngine(RolloutEngine):
             **(options or {}),
         }
         self._llm: Any = None
+        self._drawing = threading.Lock()  # a draw in the background is never cut short
         self._asleep: set[str] = set()
         self._holds: int | None = None  # the step whose weights vLLM holds
         self._step: int | None = None
@@ -148,14 +150,15 @@ class VLLMEngine(RolloutEngine):
         """
         if self._step is None:
             raise RuntimeError("sync was not called: vLLM holds no weights")
-        if self._holds is None:
-            self._push()
-        self._wake("weights", "kv_cache")
         fields = [sampling_fields(request, params, self.eos_ids, seed, window) for request in requests]
         sampling = [self._vllm.SamplingParams(**values, detokenize=bool(params.stop)) for values in fields]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self._llm.generate(prompts, sampling, use_tqdm=False) if requests else []
-        self._sleep()
+        with self._drawing:
+            if self._holds is None:
+                self._push()
+            self._wake("weights", "kv_cache")
+            outputs = self._llm.generate(prompts, sampling, use_tqdm=False) if requests else []
+            self._sleep()
         if len(outputs) != len(requests):
             raise DataError(f"vLLM: expected outputs for {len(requests)} prompts, found {len(outputs)}")
         drawn = [response for request, output in zip(requests, outputs, strict=True) for response in self._read(output, request, params)]
@@ -176,9 +179,14 @@ class VLLMEngine(RolloutEngine):
             responses.append(check_response(ids, logprobs, row.finish_reason, params, self.eos_ids, vocabulary, where))
         return responses * request.samples if greedy else responses
 
+    def forget(self) -> None:
+        """See ``RolloutEngine.forget``."""
+        self._holds = None
+
     def close(self) -> None:
         """End vLLM and free its memory; the next ``sync`` starts it again."""
-        llm, self._llm = self._llm, None
+        with self._drawing:
+            llm, self._llm = self._llm, None
         self._holds = self._step = None
         self._asleep = set()
         if llm is not None:

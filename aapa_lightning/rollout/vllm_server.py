@@ -156,6 +156,15 @@ class VLLMServerEngine(RolloutEngine):
         self._version: str | None = None
         self._context: int | None = None
         self._greeted = False
+        self._stop = threading.Event()
+
+    def check_training(self) -> None:
+        """Raise ConfigError without a folder: the server would go on with the weights that training starts from."""
+        if self.folder is None:
+            raise ConfigError(
+                f"engine.folder: expected a folder to give {self.server.named()} the weights of every step, found none; name one that both "
+                "see. Without one it can only validate and predict"
+            )
 
     def sync(self, step: int) -> None:
         """Give the server the weights of optimiser step ``step``; see ``RolloutEngine.sync``.
@@ -242,7 +251,7 @@ class VLLMServerEngine(RolloutEngine):
         self._greet()
         self._check_context(requests, params)
         self._check_version()
-        stop = threading.Event()
+        stop = self._stop = threading.Event()
         with ThreadPoolExecutor(self.concurrency) as pool:
             jobs = [pool.submit(self._draw, request, params, seed, window, stop) for request in requests]
             try:
@@ -255,6 +264,8 @@ class VLLMServerEngine(RolloutEngine):
         return collate([request for request in requests for _ in range(request.samples)], drawn, self.tokenizer, self.model.device)
 
     def _draw(self, request: RolloutRequest, params: SamplingParams, seed: int, window: int, stop: threading.Event) -> list[Response]:
+        if stop.is_set():
+            raise ConfigError(f"{self.server.named()} is not asked any more: the run ends")
         fields = sampling_fields(request, params, self.eos_ids, seed, window)
         body = completion_body(str(self.served_model), request, fields)
         content = self.server.ask("/v1/completions", body, f"respond to {request.record.source}", stop)
@@ -276,7 +287,13 @@ class VLLMServerEngine(RolloutEngine):
                 "loads weights into it; resume from the last checkpoint, which gives them anew"
             )
 
+    def forget(self) -> None:
+        """See ``RolloutEngine.forget``; without a folder the server keeps the weights that it has."""
+        if self.folder is not None:
+            self._step = None
+
     def close(self) -> None:
-        """Forget what the server holds; it goes on with it."""
+        """Forget what the server holds, and send it no request that has not been sent; it goes on with the others."""
+        self._stop.set()
         self._step = self._version = None
         self._greeted = False

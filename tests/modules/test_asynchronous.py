@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.objectives.correction import CorrectionOptions
@@ -46,6 +47,36 @@ def assert_no_thread_is_left() -> None:
         if thread.name.startswith("rollouts"):
             thread.join(60)  # it has been told to end
             assert not thread.is_alive()
+
+
+class Keyed(ReplicaEngine):
+    """Takes weights once a step, and notes whether what it draws with are the policy's."""
+
+    step = None
+    drawn: list[bool]
+
+    def sync(self, step):
+        if step != self.step:
+            super().sync(step)
+        self.step = step
+
+    def forget(self):
+        self.step = None
+
+    def generate(self, requests, params, *, seed, window):
+        pairs = zip(self._engine.model.parameters(), self._source.parameters(), strict=True)
+        self.drawn.append(all(torch.equal(mine, current) for mine, current in pairs))
+        return super().generate(requests, params, seed=seed, window=window)
+
+
+def test_averaged_weights_of_a_validation_draw_no_window(kit, spec) -> None:
+    Keyed.drawn = []
+    module = kit.make_module("grpo", spec, engine=Keyed)
+    averaging = EMAWeightAveraging(decay=0.5)
+    trainer = kit.make_trainer(4, callbacks=[averaging], val_check_interval=1)
+    kit.fit(module, trainer, val=kit.make_records(2))
+    assert len(Keyed.drawn) >= 8  # four windows, four validations
+    assert all(Keyed.drawn)
 
 
 def test_every_window_but_the_first_is_drawn_in_the_background_by_weights_one_window_old(kit, spec) -> None:

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aapa_lightning.rollout.text import decode_with_ends
@@ -20,6 +20,7 @@ class _Slow:
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_comes_back_with_the_end_of_every_token(tiny_tokenizer, text: str) -> None:
+    assume(not any(token in text for token in tiny_tokenizer.all_special_tokens))
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     decoded, ends = decode_with_ends(tiny_tokenizer, ids)
     assert decoded == text

@@ -266,6 +266,36 @@ def test_a_server_that_holds_the_weights_already(connect, vllm_server, requests)
     assert set(server.paths()) == {"/v1/models", "/server_info", "/v1/completions"}
     with pytest.raises(ConfigError, match=r"engine\.folder: expected a folder .* weights of step 1, found none"):
         engine.sync(1)
+    with pytest.raises(ConfigError, match=r"engine\.folder: expected a folder .* weights of every step, found none"):
+        engine.check_training()
+    connect(server).check_training()
+
+
+def test_weights_that_are_exchanged_within_a_step(connect, vllm_server, model, requests):
+    server = vllm_server()
+    engine = connect(server)
+    engine.sync(3)
+    move(model)  # as weight averaging does for a validation
+    engine.forget()
+    engine.sync(3)
+    engine.sync(3)
+    assert len(server.loaded) == 2
+    averaged = dict(server.loaded[1][1])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(averaged[name], parameter.detach(), rtol=0, atol=0)
+
+
+def test_a_run_that_ends_sends_no_more(connect, vllm_server, requests):
+    server = vllm_server()
+    engine = connect(server, concurrency=1)
+    engine.sync(0)
+    server.tamper["/v1/completions"] = lambda answer: (engine.close(), answer)[1]
+    with pytest.raises(ConfigError, match="is not asked any more: the run ends"):
+        engine.generate(requests, PARAMS, seed=0, window=0)
+    assert server.paths().count("/v1/completions") == 1
+    del server.tamper["/v1/completions"]
+    engine.sync(0)
+    assert len(engine.generate(requests, PARAMS, seed=0, window=0)) == 10
 
 
 def test_a_folder_that_cannot_be_written(connect, vllm_server, tmp_path):
