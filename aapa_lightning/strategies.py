@@ -130,15 +130,6 @@ class ZeROStrategy(DeepSpeedStrategy):
         super().setup_environment()
 
     @override
-    def init_deepspeed(self) -> None:
-        module = self.lightning_module
-        kept = [] if module is None else [(owner, name, value) for owner in module.modules() for name, value in owner._buffers.items()]
-        super().init_deepspeed()
-        for owner, name, value in kept:  # DeepSpeed rounds buffers too, and rotary frequencies in bfloat16 misplace far tokens
-            if value is not None:
-                owner._buffers[name] = value.to(self.root_device)
-
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         path = Path(self.broadcast(str(filepath)))
         folder = _new_folder(self, path)
