@@ -41,7 +41,7 @@ def fit(tmp_path):
 def refused(fit, tmp_path, capsys):
     """``refused(words, *parts)``: fit ends with code 2 and one message that holds all parts, and has trained nothing."""
 
-    def check(words: list[str], *parts: str) -> None:
+    def check(words: list[str], *parts: str) -> str:
         capsys.readouterr()
         assert fit(*words) == 2
         output = capsys.readouterr().err
@@ -50,6 +50,7 @@ def refused(fit, tmp_path, capsys):
         assert [part for part in parts if part.format(tmp=tmp_path) not in message] == [], message
         assert not (tmp_path / "run" / "checkpoints").exists()
         assert not (tmp_path / "run" / "metrics.csv").exists()
+        return message
 
     return check
 
@@ -264,6 +265,23 @@ def test_a_gpu_asked_for_and_absent(name, refused):
     refused(
         ["grpo", f"--trainer.accelerator={name}"], f"trainer.accelerator {name}: expected a GPU", "finds none", "--trainer.accelerator cpu"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("engine=nope", "model.init_args.engine: expected one of 'auto', 'transformers', "),
+        ("engine=nope", "'vllm' or a class path; found 'nope'"),
+        ("policy.packing=maybe", "model.init_args.policy.packing: expected bool or one of 'auto'; found 'maybe'"),
+        ("sampling.temperature=hot", "model.init_args.sampling.temperature: expected float; found 'hot'"),
+        ("optimizer=nope", "model.init_args.optimizer: expected a class path; found 'nope'"),
+        ("group_size=many", "model.init_args.group_size: expected int; found 'many'"),
+        ("nope=3", "model: Option 'nope' is not accepted"),
+        ("policy.nope=3", "model: unrecognized arguments: --policy.nope=3"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_a_line(option, said, refused):
+    assert len(refused(["grpo", f"--model.init_args.{option}"], said).splitlines()) == 2  # and where to look
 
 
 def test_resume_without_a_checkpoint(refused):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
+import re
 from typing import NoReturn, Union, get_args
 
 from lightning.pytorch import Trainer
@@ -46,7 +48,35 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        raise ConfigError(f"{message}\n{parser.prog.replace(' [options]', '')} --help lists the options")
+        raise ConfigError(f"{in_short(message)}\n{parser.prog.replace(' [options]', '')} --help lists the options")
+
+
+def in_short(message: str) -> str:
+    """Where a value stands, what was expected and what was found, out of jsonargparse's account of every type that it tried.
+
+    Messages that are not of a single value, or that are short, stay as they are.
+    """
+    lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
+    keys = [(indent, found[1]) for indent, line in lines if (found := re.match(r'Parser key "([^"]+)":', line))]
+    given = re.search(r"(?:Given|Got) value: (?:NestedArg\(.*val=(.*)\)|(.*))", message)
+    if not keys or given is None or any(b <= a for (a, _), (b, _) in itertools.pairwise(keys)):
+        return message
+    where = keys[0][1] + "".join(f".init_args.{key}" if place == 1 else f".{key}" for place, (_, key) in enumerate(keys[1:], 1))
+    problem = max((i for i, (_, line) in enumerate(lines) if line.startswith("Problem with given class_path")), default=None)
+    if problem is not None and problem + 1 < len(lines) and not lines[problem + 1][1].startswith("Parser key"):
+        return f"{where}: {lines[problem + 1][1]}"
+    inner = [line for indent, line in lines if indent > keys[-1][0] and line.startswith("Expected a ") and "path but" not in line]
+    expected = " or ".join(dict.fromkeys(map(_in_words, inner)))
+    return f"{where}: expected {expected}; found {given[1] or repr(given[2])}" if expected else message
+
+
+def _in_words(line: str) -> str:
+    kind = re.sub(r"\. Got value:.*", "", line.removeprefix("Expected a "))
+    if kind.startswith("dot import path"):
+        return "a class path"
+    if found := re.match(r"typing\.Literal\[(.*)\]", kind):
+        return f"one of {found[1]}"
+    return re.sub(r"<class '(.*)'>", lambda found: "null" if found[1] == "NoneType" else found[1], kind)
 
 
 def parser_kwargs(command: str) -> dict[str, str]:
