@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class StepMeter:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+        self._logged: set[str] = set()
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add to the numerator and denominator of a metric."""
@@ -49,3 +52,12 @@ class StepMeter:
             return {}
         totals = sum_over_ranks(torch.stack(pairs)).tolist()
         return {name: total / count if count else 0.0 for name, (total, count) in zip(names, totals, strict=True)}
+
+    def log(self, module: L.LightningModule, metrics: Mapping[str, float]) -> None:
+        """Log values of this step as ``train/...``, and nothing for what only earlier steps had, which Lightning would repeat."""
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        results: Any = module.trainer._results or {}  # private, but there is no other way to take a value back
+        for key in [key for key, result in results.items() if result.meta.name in self._logged - values.keys()]:
+            del results[key]
+        self._logged = set(values)
+        module.log_dict(values)

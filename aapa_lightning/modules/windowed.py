@@ -253,7 +253,7 @@ class WindowedModule(L.LightningModule):
         metrics = self._meter.compute(self.sum_over_ranks, self.device)
         metrics |= {"grad_norm": float(norm), "skipped_steps": float(self.skipped.total + (not finite))}
         metrics |= self.step_metrics()
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})  # of all ranks already
+        self._meter.log(self, metrics)  # of all ranks already
         self._log_term_norms()
         self.skipped.record(finite, f"step {self.global_step} (window {self._window.number if self._window else 0})")
 

@@ -165,3 +165,13 @@ def test_a_plain_dataloader_is_refused(kit, spec):
     module = kit.make_module("grpo", spec)
     with pytest.raises(ConfigError, match="train_loader"):
         kit.make_trainer(2).fit(module, DataLoader(["a", "b"]))
+
+
+def test_a_figure_that_a_step_has_none_of_is_not_repeated(kit, spec, monkeypatch):
+    rows = kit.Rows()
+    module = kit.make_module("grpo", spec)
+    always = module.step_metrics
+    monkeypatch.setattr(module, "step_metrics", lambda: always() | ({"now_and_then": 1.0} if module.global_step in (1, 3) else {}))
+    kit.fit(module, kit.make_trainer(5, logger=rows))
+    assert [step for step, row in rows.rows if "train/loss" in row] == [0, 1, 2, 3, 4]
+    assert [step for step, row in rows.rows if "train/now_and_then" in row] == [1, 3]
