@@ -18,6 +18,8 @@ from aapa_lightning.errors import ConfigError
 #: Packages whose classes a configuration may name without their path.
 COMPONENTS = ("modules", "data", "callbacks", "rewards", "anchor", "rollout")
 
+_PROBLEM = "Problem with given class_path"
+
 
 def import_components() -> None:
     """Import the classes that a configuration names, so that ``--model GRPOModule`` is enough."""
@@ -56,18 +58,29 @@ def in_short(message: str) -> str:
 
     Messages that are not of a single value, or that are short, stay as they are.
     """
-    lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
+    lines = _first_attempt([(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()])
     keys = [(indent, found[1]) for indent, line in lines if (found := re.match(r'Parser key "([^"]+)":', line))]
     given = re.search(r"(?:Given|Got) value: (?:NestedArg\(.*val=(.*)\)|(.*))", message)
     if not keys or given is None or any(b <= a for (a, _), (b, _) in itertools.pairwise(keys)):
         return message
     where = keys[0][1] + "".join(f".init_args.{key}" if place == 1 else f".{key}" for place, (_, key) in enumerate(keys[1:], 1))
-    problem = max((i for i, (_, line) in enumerate(lines) if line.startswith("Problem with given class_path")), default=None)
+    problem = max((i for i, (_, line) in enumerate(lines) if line.startswith(_PROBLEM)), default=None)
     if problem is not None and problem + 1 < len(lines) and not lines[problem + 1][1].startswith("Parser key"):
         return f"{where}: {lines[problem + 1][1]}"
     inner = [line for indent, line in lines if indent > keys[-1][0] and line.startswith("Expected a ") and "path but" not in line]
     expected = " or ".join(dict.fromkeys(map(_in_words, inner)))
     return f"{where}: expected {expected}; found {given[1] or repr(given[2])}" if expected else message
+
+
+def _first_attempt(lines: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Lines, with their indent, up to where a second class is tried in the same place: the first is the one that was named."""
+    tried: set[int] = set()
+    for i, (indent, line) in enumerate(lines):
+        if line.startswith(_PROBLEM):
+            if indent in tried:
+                return lines[:i]
+            tried.add(indent)
+    return lines
 
 
 def _in_words(line: str) -> str:

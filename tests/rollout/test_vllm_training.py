@@ -105,7 +105,7 @@ def test_a_server_that_stays_behind_shows_in_the_metrics_and_is_refused(run, vll
     rows = run(server, folder=str(tmp_path / "weights"))
     kl = [row["train/policy/engine_kl"] for row in rows]
     assert kl[0] < 1e-6 < 1e-3 < kl[-1]
-    with pytest.raises(ConfigError, match=r"engine\.folder: expected a folder to give .* the weights of step 1"):
+    with pytest.raises(ConfigError, match=r"engine\.folder: expected a folder to give .* the weights of every step"):
         run(vllm_server())
 
 
