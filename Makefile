@@ -7,7 +7,7 @@ WORKERS ?= 2
 .PHONY: help quickstart test test-gpu test-slow lint format clean
 
 help:
-	@echo "make quickstart   train SFT, GRPO and anchored GRPO on a synthetic world (CPU, about 6 minutes)"
+	@echo "make quickstart   train SFT, GRPO and anchored GRPO on a synthetic world (CPU, about 4 minutes)"
 	@echo "make test         format, lint and type checks, then the tests"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-slow    the tests that take minutes (AAPA_DATA names the real data)"
