@@ -176,7 +176,7 @@ class AapaCLI(LightningCLI):
             return False
         ours: list[Logger] = [MetricsCSV(self.run_dir)]
         if chosen in (None, True) and RequirementCache("tensorboard"):
-            purge: dict[str, Any] = {"purge_step": _saved_step(self.checkpoint) if self.checkpoint else 0} if self.resume else {}
+            purge: dict[str, Any] = {"purge_step": read_step(self.checkpoint) if self.checkpoint else 0} if self.resume else {}
             ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours
@@ -247,7 +247,3 @@ class AapaCLI(LightningCLI):
 def as_list(value: Any) -> list[Any]:
     """The value as a list; empty for None and the like."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
-
-
-def _saved_step(checkpoint: str) -> int:
-    return read_step(checkpoint)

@@ -20,7 +20,6 @@ from aapa_lightning.modules.inference import InferenceModule
 from aapa_lightning.modules.windowed import WindowedModule
 from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.rollout.base import RolloutRequest
-from aapa_lightning.rollout.replica import ReplicaEngine
 from aapa_lightning.types import Rollouts
 
 
@@ -49,8 +48,6 @@ class DrawsAhead(WindowedModule, InferenceModule):
                 f"asynchronous: expected an engine with weights of its own, found {type(self.engine).__name__}, which generates with the "
                 "model in training; set engine: replica (a copy of the weights), vllm, or a vLLM server"
             )
-        if isinstance(self.engine, ReplicaEngine):
-            self.engine.check()
         if self.correction is None or self.correction.mode == "none":
             raise ConfigError(
                 "asynchronous: expected a correction, found none: rollouts are one window old, which biases the gradient; set "

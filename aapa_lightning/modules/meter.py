@@ -56,8 +56,9 @@ class StepMeter:
     def log(self, module: L.LightningModule, metrics: Mapping[str, float]) -> None:
         """Log values of this step as ``train/...``, and nothing for what only earlier steps had, which Lightning would repeat."""
         values = {f"train/{name}": value for name, value in metrics.items()}
-        results: Any = module.trainer._results or {}  # private, but there is no other way to take a value back
-        for key in [key for key, result in results.items() if result.meta.name in self._logged - values.keys()]:
-            del results[key]
+        if stale := self._logged - values.keys():
+            results: Any = module.trainer._results or {}  # private, but there is no other way to take a value back
+            for key in [key for key, result in results.items() if result.meta.name in stale]:
+                del results[key]
         self._logged = set(values)
         module.log_dict(values)

@@ -34,7 +34,7 @@ class ReplicaEngine(RolloutEngine):
         self._source, self._tokenizer, self._eos_ids, self._max_rows = model, tokenizer, eos_ids, max_rows
         self._engine: TransformersEngine | None = None
 
-    def check(self) -> None:
+    def check_training(self) -> None:
         """Raise ConfigError where the policy lies in shards."""
         if is_sharded(self._source) or shard_units(self._source):  # gathered for the moment, or not
             raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
@@ -46,7 +46,7 @@ class ReplicaEngine(RolloutEngine):
         Raises:
             ConfigError: they lie in shards.
         """
-        self.check()
+        self.check_training()
         if self._engine is None:
             # made here and not at the start, when the policy was not yet on its device
             frozen: dict[int, Any] = {id(p): p for p in self._source.parameters() if not p.requires_grad}
