@@ -44,6 +44,7 @@ class GRPOModule(PolicyModule):
         reward_aggregation: ``sum_then_normalize``, or ``normalize_then_sum`` (GDPO).
         beta: weight of the KL loss term; above 0 a frozen copy of the initial policy is kept, under adapters no copy.
         kl_estimator: ``k2`` or ``k3``.
+        kl_ratio: multiply the KL by the ratio, which makes its gradient that of KL(pi || ref) per token, also after several updates.
         reward_kl: weight of the k1 KL estimate inside the reward.
         entropy_coef: weight of the entropy bonus.
         log_entropy: log the policy's entropy also without a bonus.
@@ -67,6 +68,7 @@ class GRPOModule(PolicyModule):
         reward_aggregation: RewardAggregation = "sum_then_normalize",
         beta: float = 0.0,
         kl_estimator: Literal["k2", "k3"] = "k3",
+        kl_ratio: bool = True,
         reward_kl: float = 0.0,
         entropy_coef: float = 0.0,
         log_entropy: bool = True,
@@ -84,6 +86,7 @@ class GRPOModule(PolicyModule):
         self.ratio_level: RatioLevel = ratio_level
         self.beta = beta
         self.kl_estimator = kl_estimator
+        self.kl_ratio = kl_ratio
         self.entropy_coef = entropy_coef
         self.log_entropy = log_entropy
         self._options = AdvantageOptions(scale_advantages, reward_aggregation, mask_truncated, reward_kl)
@@ -178,6 +181,7 @@ class GRPOModule(PolicyModule):
             ratio_level=self.ratio_level,
             beta=self.beta,
             kl_estimator=self.kl_estimator,
+            kl_ratio=self.kl_ratio,
             entropy_coef=self.entropy_coef,
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.objectives.kl import LOG_RATIO_LIMIT, kl_penalty
-from aapa_lightning.objectives.surrogate import clipped_surrogate
+from aapa_lightning.objectives.kl import LOG_RATIO_LIMIT, kl_loss, kl_penalty
+from aapa_lightning.objectives.surrogate import clipped_surrogate, importance_ratio
 from aapa_lightning.types import LossOutputs, TokenLossInputs
 
 
@@ -16,12 +16,14 @@ def grpo_loss(
     ratio_level: str = "token",
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    kl_ratio: bool = True,
     entropy_coef: float = 0.0,
 ) -> LossOutputs:
     r"""Per-token loss of GRPO and its relatives (DAPO, Dr. GRPO, GSPO differ in clip, ratio level, advantages and aggregation).
 
     ``l_it = surrogate_it + beta * KL_it - entropy_coef * H_it``. KL and entropy are aggregated as the surrogate is; weights that
-    correct for the engine multiply the surrogate alone.
+    correct for the engine multiply the surrogate alone. H is known exactly at every prefix and needs no ratio; off policy its prefixes,
+    like those of the KL, stay the old policy's.
 
     Args:
         inputs: policy, old (and with ``beta`` reference) log-probs, advantages; entropy with ``entropy_coef``.
@@ -29,7 +31,10 @@ def grpo_loss(
         clip_high: upper clip; DAPO's clip-higher sets it above ``clip_low``.
         ratio_level: ``token``, or ``sequence`` (GSPO).
         beta: weight of the KL term; 0 needs no reference.
-        kl_estimator: ``k2`` (gradient of KL(pi || ref)) or ``k3`` (gradient of KL(ref || pi)).
+        kl_estimator: ``k2`` or ``k3``.
+        kl_ratio: multiply the KL by the surrogate's ratio (see ``kl_loss``; TRL's ``use_bias_correction_kl``). The expected gradient of
+            both estimators is then that of KL(pi || ref) per token, on and off policy. Without it ``k2`` has that of KL(pi || ref) and
+            ``k3`` that of KL(ref || pi), on policy alone. A sequence ratio is no weight of a token, so under it neither is exact.
         entropy_coef: weight of the entropy bonus.
 
     Returns:
@@ -50,7 +55,10 @@ def grpo_loss(
     losses, metrics, off = outputs.losses, outputs.metrics, ~inputs.response_mask
     if inputs.ref_logprobs is not None:
         logprobs, ref_logprobs = inputs.logprobs.masked_fill(off, 0.0), inputs.ref_logprobs.masked_fill(off, 0.0)
-        kl = kl_penalty(logprobs, ref_logprobs, kl_estimator)
+        if kl_ratio:
+            kl = kl_loss(logprobs, ref_logprobs, kl_estimator, importance_ratio(inputs, ratio_level)[1]).masked_fill(off, 0.0)
+        else:
+            kl = kl_penalty(logprobs, ref_logprobs, kl_estimator)
         losses = losses + beta * kl
         metrics["kl"] = kl.detach()
         metrics["kl_clamped"] = (ref_logprobs - logprobs.detach() > LOG_RATIO_LIMIT).to(kl.dtype)

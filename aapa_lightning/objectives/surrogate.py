@@ -26,6 +26,15 @@ LOG_RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def importance_ratio(inputs: TokenLossInputs, ratio_level: str) -> tuple[Tensor, Tensor]:
+    """Log-ratio before the clamp, and the ratio ``pi / pi_old``, ``[N, L]`` each; see ``clipped_surrogate``."""
+    mask = inputs.response_mask
+    # Masked before the exponential: a gradient of 0 times exp(garbage) would be NaN.
+    log_ratio = (inputs.logprobs - inputs.old_logprobs).masked_fill(~mask, 0.0)
+    log_ratio = choose(LOG_RATIOS, ratio_level, "ratio_level")(log_ratio, mask)
+    return log_ratio, log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
 def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, ratio_level: str = "token") -> LossOutputs:
     r"""Clipped surrogate of PPO per token.
 
@@ -55,10 +64,7 @@ def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_hi
     tensor([[-1.2000,  0.0000]])
     """
     mask = inputs.response_mask
-    # Masked before the exponential: a gradient of 0 times exp(garbage) would be NaN.
-    log_ratio = (inputs.logprobs - inputs.old_logprobs).masked_fill(~mask, 0.0)
-    log_ratio = choose(LOG_RATIOS, ratio_level, "ratio_level")(log_ratio, mask)
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    log_ratio, ratio = importance_ratio(inputs, ratio_level)
     advantages = inputs.advantages.masked_fill(~mask, 0.0)
     losses = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
     if inputs.weights is not None:

@@ -8,7 +8,9 @@ import torch
 
 from aapa_lightning.objectives import OBJECTIVES
 from aapa_lightning.objectives.chord import chord_phi
+from aapa_lightning.objectives.kl import kl_penalty
 from aapa_lightning.objectives.sft import sft_loss
+from aapa_lightning.objectives.surrogate import clipped_surrogate, importance_ratio
 from aapa_lightning.reduce import StepCounts, aggregate, count_step
 from aapa_lightning.types import TokenLossInputs
 
@@ -17,14 +19,39 @@ VARIANTS = {
     "surrogate": [{"ratio_level": "sequence"}],
     "grpo": [
         {"beta": 0.3, "kl_estimator": "k2"},
+        {"beta": 0.3, "kl_estimator": "k2", "kl_ratio": False},
         {"beta": 0.3, "kl_estimator": "k3", "ratio_level": "sequence"},
+        {"beta": 0.3, "kl_estimator": "k3", "kl_ratio": False},
         {"entropy_coef": 0.1, "clip_high": 0.28},
     ],
     "chord_sft": [{"weight": "none"}, {"weight": "is"}],
 }
 
-#: Stop-gradient token weights, by row and options: gradcheck differentiates with these held fixed.
-HELD_WEIGHTS = {("chord_sft", None): chord_phi, ("chord_sft", "is"): lambda logprobs: logprobs.detach().exp()}
+
+def _held_weights(weigh):
+    def held(at):
+        weights = weigh(at.logprobs).clone()  # gradcheck moves the inputs in place
+        return lambda inputs: sft_loss(inputs.logprobs, inputs.response_mask, weights).losses
+
+    return held
+
+
+def _held_ratio(at):
+    ratio = importance_ratio(at, "token")[1].detach()
+
+    def losses(inputs):
+        kl = ratio * kl_penalty(inputs.logprobs, inputs.ref_logprobs, "k2")
+        return clipped_surrogate(inputs).losses + 0.3 * kl.masked_fill(~inputs.response_mask, 0.0)
+
+    return losses
+
+
+#: Losses whose stop-gradient parts are held at given inputs, by case: gradcheck differentiates these.
+HELD = {
+    ("chord_sft", "{}"): _held_weights(chord_phi),
+    ("chord_sft", "{'weight': 'is'}"): _held_weights(lambda logprobs: logprobs.detach().exp()),
+    ("grpo", "{'beta': 0.3, 'kl_estimator': 'k2'}"): _held_ratio,
+}
 
 CASES = [(name, options) for name in OBJECTIVES for options in [{}, *VARIANTS.get(name, [])]]
 every_case = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value) if isinstance(value, dict) else value)
@@ -60,13 +87,11 @@ def gradient(objective, inputs):
 def test_gradient_equals_finite_differences_in_float64(name, options):
     inputs = random_inputs(torch.float64)
     objective = partial(OBJECTIVES[name], **options)
-    held = HELD_WEIGHTS.get((name, options.get("weight")))
-    weights = held(inputs.logprobs) if held else None
+    held = HELD[name, str(options)](inputs) if (name, str(options)) in HELD else lambda fields: objective(fields).losses
 
     def total(logprobs, entropy):
         fields = TokenLossInputs(logprobs, inputs.old_logprobs, inputs.response_mask, inputs.advantages, inputs.ref_logprobs, entropy)
-        outputs = objective(fields) if weights is None else sft_loss(logprobs, inputs.response_mask, weights)
-        return outputs.losses.sum(-1)
+        return held(fields).sum(-1)
 
     assert torch.autograd.gradcheck(total, (inputs.logprobs, inputs.entropy))
     direct = torch.autograd.grad(objective(inputs).losses.sum(), inputs.logprobs)[0]

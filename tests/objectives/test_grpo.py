@@ -87,6 +87,48 @@ def test_expected_gradients_of_the_estimators_over_a_toy_vocabulary():
         torch.testing.assert_close(value, (logprobs.exp() * (logprobs - ref)).sum())
 
 
+def _expected_gradient(estimator, drift, **options):
+    """Gradients over all responses of two tokens, in float64: of the loss expected under the old policy, KL(pi || ref), KL(ref || pi)."""
+    g = torch.Generator().manual_seed(3)
+    theta, noise, ref = torch.randn(3, 4, 3, dtype=torch.float64, generator=g).unbind()  # a state at the start, one after each token
+    theta.requires_grad_()
+    old, ref = (theta.detach() + drift * noise).log_softmax(-1), ref.log_softmax(-1)
+    pi = theta.log_softmax(-1)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    states = torch.stack([torch.zeros(9, dtype=torch.int64), 1 + pairs[:, 0]], 1)
+    rows = [table[states, pairs] for table in (pi, old, ref)]
+    inputs = TokenLossInputs(rows[0], rows[1], torch.ones(9, 2, dtype=torch.bool), torch.zeros(9, 2, dtype=torch.float64), rows[2])
+    chance = rows[1].sum(-1).exp()
+    losses = grpo_loss(inputs, beta=0.7, kl_estimator=estimator, **options).losses
+    visits = torch.cat([torch.ones(1, dtype=torch.float64), old[0].exp()])  # of the old policy
+    kls = [(visits * (p.exp() * (p - q)).sum(-1)).sum() for p, q in ((pi, ref), (ref, pi))]
+    return [
+        torch.autograd.grad(value, theta, retain_graph=True)[0] for value in ((chance * losses.sum(-1)).sum(), *(0.7 * kl for kl in kls))
+    ]
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_expected_gradient_of_the_kl_is_the_stated_one_off_policy(estimator, drift):
+    ours, reverse, _ = _expected_gradient(estimator, drift)
+    torch.testing.assert_close(ours, reverse, rtol=1e-10, atol=1e-12)
+    plain, reverse, forward = _expected_gradient(estimator, drift, kl_ratio=False)
+    stated = {"k2": reverse, "k3": forward}[estimator]
+    assert ((plain - stated).norm() / stated.norm() < 1e-10) == (drift == 0.0)
+
+
+def test_on_policy_the_ratio_changes_no_value_and_no_gradient_of_k2():
+    inputs = surrogate_inputs([0.0, 0.0, 0.0], [0.5, -1.0, 0.2], [True, True, False])
+    inputs.ref_logprobs = torch.tensor([[-0.3, -2.0, -1.0]])
+    inputs.logprobs.requires_grad_()
+    for estimator in ("k2", "k3"):
+        with_ratio, plain = (grpo_loss(inputs, beta=0.3, kl_estimator=estimator, kl_ratio=on) for on in (True, False))
+        assert torch.equal(with_ratio.losses, plain.losses)
+        assert all(torch.equal(value, plain.metrics[name]) for name, value in with_ratio.metrics.items())
+        grads = [torch.autograd.grad(outputs.losses.sum(), inputs.logprobs)[0] for outputs in (with_ratio, plain)]
+        assert torch.equal(*grads) == (estimator == "k2")
+
+
 def test_k3_still_pulls_a_policy_back_that_is_far_above_its_reference():
     logprobs = torch.tensor([-1.0, -60.0], requires_grad=True)
     kl = kl_penalty(logprobs, torch.tensor([-60.0, -1.0]), "k3")

@@ -1,11 +1,13 @@
 """Values and gradients against TRL's own GRPO loss code."""
 
+import inspect
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from aapa_lightning.modules.grpo import GRPOModule
 from aapa_lightning.objectives.grpo import grpo_loss
 from aapa_lightning.reduce import AGGREGATIONS, StepCounts, aggregate, count_step
 from aapa_lightning.types import TokenLossInputs
@@ -28,7 +30,7 @@ class Accelerator:
         return value
 
 
-def trl_loss(batch, *, loss_type, level="token", beta=0.0, entropy_coef=0.0, accumulation=1, tokens_in_step=None):
+def trl_loss(batch, *, loss_type, level="token", beta=0.0, kl_ratio=True, entropy_coef=0.0, accumulation=1, tokens_in_step=None):
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     stub = SimpleNamespace(
@@ -42,7 +44,7 @@ def trl_loss(batch, *, loss_type, level="token", beta=0.0, entropy_coef=0.0, acc
         epsilon_low=CLIP["clip_low"],
         epsilon_high=CLIP["clip_high"],
         use_vllm=False,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=accumulation),
+        args=SimpleNamespace(use_bias_correction_kl=kl_ratio, delta=None, steps_per_generation=accumulation),
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=accumulation,
         max_completion_length=MAX_TOKENS,
@@ -66,7 +68,7 @@ def trl_loss(batch, *, loss_type, level="token", beta=0.0, entropy_coef=0.0, acc
     return GRPOTrainer._compute_loss(stub, None, inputs), stub._metrics["train"]
 
 
-def our_loss(batch, *, loss_type, level="token", beta=0.0, entropy_coef=0.0, accumulation=1, counts=None):
+def our_loss(batch, *, loss_type, level="token", beta=0.0, kl_ratio=True, entropy_coef=0.0, accumulation=1, counts=None):
     mask = batch["mask"]
     inputs = TokenLossInputs(
         batch["logprobs"],
@@ -76,7 +78,7 @@ def our_loss(batch, *, loss_type, level="token", beta=0.0, entropy_coef=0.0, acc
         batch["ref"] if beta else None,
         batch["entropy"],
     )
-    outputs = grpo_loss(inputs, **CLIP, ratio_level=level, beta=beta, kl_estimator="k3", entropy_coef=entropy_coef)
+    outputs = grpo_loss(inputs, **CLIP, ratio_level=level, beta=beta, kl_ratio=kl_ratio, entropy_coef=entropy_coef)
     counts = counts or StepCounts.from_tensor(count_step(mask))
     return aggregate(outputs.losses, mask, loss_type, counts, MAX_TOKENS, scale=accumulation) / accumulation, outputs.metrics
 
@@ -95,13 +97,21 @@ def random_batch(seed, rows=6, width=7):
     }
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_default_is_that_of_trl():
+    from trl import GRPOConfig
+
+    assert GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default is True
+    assert inspect.signature(grpo_loss).parameters["kl_ratio"].default is True
+    assert inspect.signature(GRPOModule).parameters["kl_ratio"].default is True
+
+
+@pytest.mark.parametrize("kl", [{}, {"beta": 0.3}, {"beta": 0.3, "kl_ratio": False}])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", list(AGGREGATIONS))
-def test_values_gradients_and_clip_fraction_equal_trl(loss_type, level, beta):
+def test_values_gradients_and_clip_fraction_equal_trl(loss_type, level, kl):
     for seed in range(3):
         batch = random_batch(seed)
-        options = {"loss_type": loss_type, "level": level, "beta": beta}
+        options = {"loss_type": loss_type, "level": level, **kl}
         theirs, their_metrics = trl_loss(batch, **options)
         ours, our_metrics = our_loss(batch, **options)
         torch.testing.assert_close(ours, theirs, **AGREE)
