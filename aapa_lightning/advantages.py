@@ -26,11 +26,27 @@ class _Group(NamedTuple):
     constant: Tensor
 
 
-def _group(values: Tensor, group_ids: Tensor) -> _Group:
-    mean, std = group_mean(values, group_ids), group_std(values, group_ids)
+def _group(values: Tensor, group_ids: Tensor, kept: Tensor) -> _Group:
+    mean, std = group_mean(values, group_ids, kept), group_std(values, group_ids, kept)
     # Equal weighted sums can differ by rounding; divided by epsilon that would be noise.
     constant = std <= 1e-8 * mean.abs().clamp(min=1.0)
-    return _Group((values - mean).masked_fill(constant, 0.0), std, constant)
+    return _Group((values - mean).masked_fill(constant | ~kept, 0.0), std, constant)
+
+
+def scored_rows(rewards: Tensor) -> Tensor:
+    """Rows that at least one reward has scored, bool ``[N]``; NaN in ``rewards`` ``[N, R]`` marks what a reward could not score."""
+    return ~rewards.isnan().all(dim=1)
+
+
+def append_reward(rewards: Tensor, column: Tensor) -> Tensor:
+    """``rewards`` ``[N, R]`` and one more column ``[N]``, NaN in the rows that no reward has scored: it alone must not bring them back."""
+    column = column.to(rewards).masked_fill(~scored_rows(rewards), float("nan"))
+    return torch.cat([rewards, column[:, None]], dim=1)
+
+
+def _known(rewards: Tensor) -> Tensor:
+    """A reward that could not score a row adds nothing to its sum."""
+    return rewards.masked_fill(rewards.isnan(), 0.0)
 
 
 def batch_statistics(values: Tensor, sum_over_ranks: SumOverRanks = identity_sum) -> tuple[Tensor, Tensor]:
@@ -61,19 +77,21 @@ _DIVISORS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def _sum_then_normalize(
     rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
 ) -> tuple[Tensor, Tensor]:
-    group = _group(rewards @ weights, group_ids)
-    _, batch_std = batch_statistics(rewards @ weights, sum_over_ranks)
+    totals, kept = _known(rewards) @ weights, scored_rows(rewards)
+    group = _group(totals, group_ids, kept)
+    _, batch_std = batch_statistics(totals[kept], sum_over_ranks)
     return group.deviations / divisor(group.std, batch_std), group.constant
 
 
 def _normalize_then_sum(
     rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
 ) -> tuple[Tensor, Tensor]:
-    group = _group(rewards, group_ids)
-    total = (group.deviations / divisor(group.std, group.std)) @ weights
-    mean, std = batch_statistics(total, sum_over_ranks)
-    constant = group.constant.all(dim=1)
-    return ((total - mean) / divisor(std, std)).masked_fill(constant, 0.0), constant
+    kept, columns = scored_rows(rewards), _known(rewards).unbind(1)
+    groups = [_group(column, group_ids, scored) for column, scored in zip(columns, (~rewards.isnan()).unbind(1), strict=True)]
+    total = torch.stack([group.deviations / divisor(group.std, group.std) for group in groups], dim=1) @ weights
+    mean, std = batch_statistics(total[kept], sum_over_ranks)
+    constant = torch.stack([group.constant for group in groups], dim=1).all(dim=1)
+    return ((total - mean) / divisor(std, std)).masked_fill(constant | ~kept, 0.0), constant
 
 
 _AGGREGATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -101,8 +119,11 @@ def task_advantages(
 
     Batch statistics are taken over all ranks, so they do not depend on how a window is spread over them.
 
+    NaN marks a reward that could not score a response. It adds nothing to the sum. A response that no reward has scored leaves the means
+    and deviations of its group and of the batch, and gets advantage 0, as in TRL 1.16.
+
     Args:
-        rewards: ``[N, R]``, finite; whole groups on each rank.
+        rewards: ``[N, R]``, finite or NaN; whole groups on each rank.
         weights: ``[R]``.
         group_ids: int64 ``[N]``; equal ids form a group, whatever the order of rows.
         scale: ``group``, ``batch`` or ``none``.
@@ -112,7 +133,8 @@ def task_advantages(
 
     Returns:
         Advantages float32 ``[N]``, detached, and metrics over all ranks: ``reward`` and ``reward_std`` of the weighted sums,
-        ``group_reward_std`` (mean over groups), ``zero_variance_groups`` (share of groups without any signal).
+        ``group_reward_std`` (mean over groups), ``zero_variance_groups`` (share of groups without any signal); all but the last over
+        scored responses.
 
     Raises:
         ConfigError: an unknown option, or ``normalize_then_sum`` with another scale.
@@ -129,14 +151,14 @@ def task_advantages(
     rewards = rewards.detach().to(accumulator(rewards.device))
     weights = weights.to(rewards)
     advantages, constant = normalise(rewards, weights, group_ids, lambda group, batch: divisor(group, batch, epsilon), sum_over_ranks)
-    return advantages.float(), _metrics(rewards @ weights, group_ids, constant, sum_over_ranks)
+    return advantages.float(), _metrics(_known(rewards) @ weights, scored_rows(rewards), group_ids, constant, sum_over_ranks)
 
 
-def _metrics(totals: Tensor, group_ids: Tensor, constant: Tensor, sum_over_ranks: SumOverRanks) -> dict[str, float]:
-    mean, std = batch_statistics(totals, sum_over_ranks)
+def _metrics(totals: Tensor, kept: Tensor, group_ids: Tensor, constant: Tensor, sum_over_ranks: SumOverRanks) -> dict[str, float]:
+    mean, std = batch_statistics(totals[kept], sum_over_ranks)
     share = group_size(group_ids).to(totals.dtype).reciprocal()  # rows of a group add up to one group
     groups, zero, stds = sum_over_ranks(
-        torch.stack((share.sum(), (share * constant).sum(), (share * group_std(totals, group_ids)).sum()))
+        torch.stack((share.sum(), (share * constant).sum(), (share * group_std(totals, group_ids, kept)).sum()))
     ).tolist()
     return {
         "reward": mean.item(),

@@ -164,3 +164,52 @@ def test_nothing_carries_a_gradient():
 def test_refusals(options, message):
     with pytest.raises(ConfigError, match=message):
         task_advantages(torch.rand(2, 1), torch.ones(1), torch.tensor([0, 0]), **options)
+
+
+def _by_hand(rows, weights, scale):
+    """Advantages of one group in plain Python: rows of numbers or None."""
+    totals = [None if all(v is None for v in row) else sum(w * (v or 0.0) for v, w in zip(row, weights, strict=True)) for row in rows]
+    known = [total for total in totals if total is not None]
+    spread = stdev(known) + 1e-4 if scale == "group" else 1.0
+    return [0.0 if total is None else (total - sum(known) / len(known)) / spread for total in totals]
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_what_no_reward_could_score_leaves_its_groups_baseline(scale):
+    nan, weights = float("nan"), [1.0, 0.5]
+    rows = [[None, None], [1.0, None], [0.0, 4.0], [None, 2.0]]
+    rewards = torch.tensor([[nan if value is None else value for value in row] for row in rows] + [[nan, nan]] * 2)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1])
+    advantages, metrics = task_advantages(rewards, torch.tensor(weights), groups, scale=scale)
+    assert advantages[:4].tolist() == pytest.approx(_by_hand(rows, weights, scale), abs=1e-6)
+    assert advantages[4:].tolist() == [0.0, 0.0]  # a group that nothing could score
+    assert metrics["reward"] == pytest.approx((1 + 2 + 1) / 3)
+    assert metrics["reward_std"] == pytest.approx(stdev([1, 2, 1]))
+    assert metrics["zero_variance_groups"] == pytest.approx(0.5)
+
+
+def test_three_equal_rewards_and_one_unknown_are_no_signal():
+    rewards = torch.tensor([[float("nan")], [1.0], [1.0], [1.0]])
+    for options in ({}, {"scale": "batch"}, {"scale": "none"}, {"aggregation": "normalize_then_sum"}):
+        advantages, _ = task_advantages(rewards, torch.ones(1), torch.zeros(4, dtype=torch.int64), **options)
+        assert advantages.tolist() == [0.0] * 4, options
+
+
+def test_normalised_rewards_leave_out_what_each_could_not_score():
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan], [3.0, 2.0], [nan, nan], [5.0, 6.0]])
+    advantages, _ = task_advantages(rewards, torch.ones(2), torch.zeros(4, dtype=torch.int64), aggregation="normalize_then_sum")
+    first = [(value - 3) / (stdev([1, 3, 5]) + 1e-4) for value in (1, 3, 5)]
+    second = [0.0] + [(value - 4) / (stdev([2, 6]) + 1e-4) for value in (2, 6)]
+    sums = [a + b for a, b in zip(first, second, strict=True)]
+    expected = [(value - sum(sums) / 3) / (stdev(sums) + 1e-4) for value in sums]
+    assert advantages[[0, 1, 3]].tolist() == pytest.approx(expected, abs=1e-6)
+    assert advantages[2] == 0
+
+
+def test_an_appended_reward_brings_no_row_back():
+    from aapa_lightning.advantages import append_reward
+
+    appended = append_reward(torch.tensor([[float("nan")], [1.0]]), torch.tensor([7.0, 2.0]))
+    assert appended[0].isnan().all()
+    assert appended[1].tolist() == [1.0, 2.0]

@@ -36,7 +36,7 @@ def measure(
     Args:
         rollouts: ``N`` responses.
         signal: what the anchor said about them.
-        task_rewards: ``[N]``, the task's total reward.
+        task_rewards: ``[N]``, the task's total reward; NaN where there is none.
         expert_logits: ``[M]`` mean logits of expert responses to the same prompts, by a discriminator that was not trained on them.
         sum_over_ranks: sums a tensor over ranks, called once.
 
@@ -51,8 +51,8 @@ def measure(
     parts = {
         "lengths": _lengths(rollouts),
         "score_groups": zero_variance_counts(signal.scores, groups),
-        "task_groups": torch.zeros(2) if task_rewards is None else zero_variance_counts(task_rewards.to(device), groups),
-        "moments": torch.zeros(4) if task_rewards is None else _moments(signal.scores, task_rewards.to(device), groups),
+        "task_groups": torch.zeros(2) if task_rewards is None else _zero_variance(task_rewards.to(device), groups),
+        "moments": torch.zeros(5) if task_rewards is None else _moments(signal.scores, task_rewards.to(device), groups),
         "rollout_bins": _histogram(_response_logits(signal, len(rollouts))),
         "expert_bins": _histogram(torch.zeros(0) if expert_logits is None else expert_logits),
     }
@@ -61,7 +61,7 @@ def measure(
     )
     totals = dict(zip(parts, sum_over_ranks(flat).cpu().split([len(part) for part in parts.values()]), strict=True))
     rows, tokens, neg_logprob, chars, expert_chars = totals["lengths"].tolist()
-    reward, covariance, score_variance, task_variance = totals["moments"].tolist()
+    reward, covariance, score_variance, task_variance, scored = totals["moments"].tolist()
     ratios: dict[str, tuple[float, float] | list[float]] = {
         "length": (tokens, rows),
         "length_vs_expert": (chars, expert_chars),
@@ -72,7 +72,7 @@ def measure(
         "auroc": _wins(totals["expert_bins"], totals["rollout_bins"]),
     }
     if task_rewards is not None:
-        ratios["task_reward"] = (reward, rows)
+        ratios["task_reward"] = (reward, scored)
     return {name: top / bottom for name, (top, bottom) in ratios.items() if bottom > 0}
 
 
@@ -90,11 +90,22 @@ def _expert_length(record: Record) -> float:
     return sum(map(len, record.experts)) / len(record.experts)
 
 
+def _zero_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    scored = ~rewards.isnan()
+    return zero_variance_counts(rewards.masked_fill(~scored, 0.0), group_ids, scored)
+
+
 def _moments(scores: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Sum of the rewards; sums of products of centred scores and rewards (covariance and both variances, times the count)."""
+    """Sum of the rewards; sums of products of centred scores and rewards (covariance and both variances, times the count); the count.
+
+    Rows without a reward (NaN) have no part in any of them.
+    """
+    scored = ~rewards.isnan()
+    rewards, scores, group_ids = rewards[scored], scores[scored], group_ids[scored]
     a = (scores - group_mean(scores, group_ids)).cpu().double()
     b = (rewards - group_mean(rewards, group_ids)).cpu().double()
-    return torch.stack([rewards.cpu().double().sum(), (a * b).sum(), a.square().sum(), b.square().sum()])
+    count = a.new_tensor(float(len(a)))
+    return torch.stack([rewards.cpu().double().sum(), (a * b).sum(), a.square().sum(), b.square().sum(), count])
 
 
 def _response_logits(signal: AnchorSignal, num_responses: int) -> Tensor:

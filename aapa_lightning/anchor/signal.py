@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_std
+from aapa_lightning.advantages import append_reward
 from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.types import AnchorSignal, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
@@ -186,7 +187,7 @@ def combine_rewards(rewards: Tensor, weights: Tensor, signal: AnchorSignal, weig
     """``r + lambda u`` before normalisation, for ``combine=reward``: the score becomes one more reward, of weight lambda.
 
     Args:
-        rewards: ``[N, R]``.
+        rewards: ``[N, R]``; a row of NaN, which no reward could score, stays one.
         weights: ``[R]``.
         signal: the anchor's; its scores u are read.
         weight: lambda; at 0 the arguments come back untouched, since even a column of weight 0 could change the order of a sum.
@@ -196,4 +197,4 @@ def combine_rewards(rewards: Tensor, weights: Tensor, signal: AnchorSignal, weig
     """
     if weight == 0:
         return rewards, weights
-    return torch.cat([rewards, signal.scores.to(rewards)[:, None]], dim=1), torch.cat([weights, weights.new_tensor([weight])])
+    return append_reward(rewards, signal.scores), torch.cat([weights, weights.new_tensor([weight])])

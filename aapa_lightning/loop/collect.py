@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.advantages import task_advantages
+from aapa_lightning.advantages import append_reward, task_advantages
 from aapa_lightning.anchor.signal import combine_rewards, first_responses
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
@@ -152,8 +152,14 @@ def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Ten
         return torch.zeros(len(rollouts), 1, device=device), torch.ones(1, device=device), {}
     columns = rewards.score(rollouts.texts, rollouts.records).to(device)
     weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
-    metrics = {f"reward/{name}": float(columns[:, i].mean()) for i, name in enumerate(rewards.names)}
-    return columns, weights, metrics | {"reward": float(rewards.total(columns).mean())}
+    metrics = {f"reward/{name}": _mean(columns[:, i]) for i, name in enumerate(rewards.names)}
+    return columns, weights, metrics | {"reward": _mean(rewards.total(columns))}
+
+
+def _mean(values: Tensor) -> float:
+    """Mean over what was scored; 0 where nothing was."""
+    scored = values[~values.isnan()]
+    return float(scored.mean()) if len(scored) else 0.0
 
 
 def _shape(
@@ -165,4 +171,4 @@ def _shape(
     if old is None or reference is None:
         raise ConfigError("reward_kl needs the old and the reference policy's log-probs, but rescore gave none; see collect(rescore=...)")
     penalty = masked_sum(kl_penalty(old, reference, "k1"), rollouts.response_mask, dim=-1)
-    return torch.cat([columns, penalty[:, None]], 1), torch.cat([weights, weights.new_tensor([-options.reward_kl])])
+    return append_reward(columns, penalty), torch.cat([weights, weights.new_tensor([-options.reward_kl])])

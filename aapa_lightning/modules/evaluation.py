@@ -82,4 +82,5 @@ class Evaluator:
 
     def _mean(self, name: str, values: Tensor) -> None:
         metric = self._responses[name]
-        metric.update(values.to(metric.device).float())
+        values = values.to(metric.device).float()
+        metric.update(values[~values.isnan()])  # what a reward could not score has no part in its mean

@@ -13,9 +13,12 @@ from aapa_lightning.types import Record
 class Reward(ABC):
     """Scores responses. A reward has a ``name`` and is called with ``N`` responses and their records.
 
-    One more method may be there: ``skip_reason(record) -> str | None``. It is called once for every record before training
-    (``RewardSet.select``), raises DataError for a record that the reward cannot score, and returns why a record is to be left out, or None
-    to train on it.
+    Two more methods may be there:
+
+    - ``skip_reason(record) -> str | None`` is called once for every record before training (``RewardSet.select``). It raises DataError for
+      a record that the reward cannot score, and returns why a record is to be left out, or None to train on it.
+    - ``score_or_abstain(responses, records)`` is called in the reward's place. It returns what the reward does, or a list with None for
+      each response that it cannot score, such as one whose verifier timed out. ``task_advantages`` says what becomes of those.
     """
 
     name: str

@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aapa_lightning.advantages import scored_rows
 from aapa_lightning.errors import AapaError, ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.types import Record
 
 logger = logging.getLogger(__name__)
+
+#: A reward, or its ``score_or_abstain``.
+Judge = Callable[[Sequence[str], Sequence[Record]], Any]
 
 
 class RewardSet:
@@ -45,7 +50,7 @@ class RewardSet:
             raise ConfigError(f"reward weights must be finite, found {self.weights}")
 
     def score(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
-        """Unweighted rewards of ``N`` responses, float32 ``[N, R]`` on the CPU.
+        """Unweighted rewards of ``N`` responses, float32 ``[N, R]`` on the CPU; NaN where a reward that may abstain did.
 
         Raises:
             DataError: a reward raised, or returned another number of values or a value that is not finite; the message names the reward and
@@ -54,9 +59,11 @@ class RewardSet:
         return torch.stack([_column(reward, responses, records) for reward in self.rewards], dim=1)
 
     def total(self, columns: Tensor) -> Tensor:
-        """Weighted sum of the rewards, float32 ``[N]``, of ``score``'s columns ``[N, R]`` on any device."""
+        """Weighted sum of the rewards, float32 ``[N]``, of ``score``'s columns ``[N, R]`` on any device; NaN where no reward scored."""
         # not a matrix product, which autocast would round to 16 bits
-        return (columns * torch.tensor(self.weights, device=columns.device)).sum(1)
+        known = columns.masked_fill(columns.isnan(), 0.0)
+        total = (known * torch.tensor(self.weights, device=columns.device)).sum(1)
+        return total.masked_fill(~scored_rows(columns), math.nan)
 
     def select(self, records: Sequence[Record]) -> list[int]:
         """Indices of the records to train on: those that no reward leaves out. Called once, before training.
@@ -85,12 +92,14 @@ class RewardSet:
 
 def _column(reward: Reward, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
     """Scores of one reward, float32 ``[N]``."""
+    judge: Judge = getattr(reward, "score_or_abstain", reward)
+    may_abstain = judge is not reward
     try:
-        values = torch.as_tensor(reward(responses, records), dtype=torch.float32).detach().cpu()
+        values, abstained = _numbers(judge(responses, records), may_abstain)
     except AapaError:
         raise
     except Exception as error:
-        where = _culprit(reward, responses, records)
+        where = _culprit(judge, may_abstain, responses, records)
         raise DataError(f"reward {reward.name!r} raised {type(error).__name__}: {error} (at {where})") from error
     if values.shape != (len(responses),):
         raise DataError(
@@ -104,14 +113,23 @@ def _column(reward: Reward, responses: Sequence[str], records: Sequence[Record])
             f"reward {reward.name!r} must return finite numbers, found {float(values[i])} for {_label(records[i])}, "
             f"response {responses[i][:80]!r}"
         )
+    values[abstained] = math.nan
     return values
 
 
-def _culprit(reward: Reward, responses: Sequence[str], records: Sequence[Record]) -> str:
+def _numbers(found: Any, may_abstain: bool) -> tuple[Tensor, list[int]]:
+    """Scores, float32 on the CPU, and the indices at which a reward gave None where it may; those have score 0."""
+    abstained = [i for i, value in enumerate(found) if value is None] if may_abstain else []
+    if abstained:
+        found = [0.0 if value is None else value for value in found]
+    return torch.as_tensor(found, dtype=torch.float32).detach().cpu().clone(), abstained
+
+
+def _culprit(judge: Judge, may_abstain: bool, responses: Sequence[str], records: Sequence[Record]) -> str:
     """Which record a reward fails on, found by scoring them one by one."""
     for response, record in zip(responses, records, strict=True):
         try:
-            torch.as_tensor(reward([response], [record]), dtype=torch.float32)
+            _numbers(judge([response], [record]), may_abstain)
         except Exception:
             return f"{_label(record)}, response {response[:80]!r}"
     return f"one of {len(records)} records, none of which fails alone" if records else "an empty batch"

@@ -55,15 +55,19 @@ class FunctionReward(Reward):
 
     Args:
         function: the function, or where to import it from: ``package.module:function`` or ``path/to/file.py:function``.
+        may_abstain: None in place of a number means "cannot be scored": the response leaves its group's baseline (``task_advantages``).
+            Otherwise None is an error.
         name: logged name; default the function's.
 
     Raises:
         ConfigError: the function cannot be imported.
     """
 
-    def __init__(self, function: str | Callable[..., Any], *, name: str | None = None) -> None:
+    def __init__(self, function: str | Callable[..., Any], *, may_abstain: bool = False, name: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
         self.name = name or _name(self._function)
+        if may_abstain:
+            self.score_or_abstain = self._function
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]:
         """Score ``N`` responses."""
@@ -76,19 +80,19 @@ class TRLReward(Reward):
     A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are the record's extra
     columns and ``key``, ``experts``, ``chosen``, ``rejected``; a function without ``**kwargs`` gets those that it names.
 
-    None means "not my task": TRL leaves it out of the weighted sum, which adds 0, so it becomes ``none_value`` = 0 here. (TRL differs where
-    *every* reward of a completion is None: it gives that completion no advantage.) NaN stops the run.
+    None means "not my task" or "cannot be scored". As in TRL it adds nothing to the weighted sum, and a completion for which *every* reward
+    is None leaves its group's baseline and gets no advantage (``task_advantages``). NaN stops the run.
 
     Args:
         function: the function, or where to import it from (``FunctionReward``).
-        none_value: stands for None.
+        none_value: a number that stands for None instead. Called by itself, without a ``RewardSet``, the reward gives 0 by default.
         name: logged name; default the function's.
 
     Raises:
         ConfigError: the function cannot be imported, is asynchronous, or demands arguments that only TRL's trainer has.
     """
 
-    def __init__(self, function: str | Callable[..., Any], *, none_value: float = 0.0, name: str | None = None) -> None:
+    def __init__(self, function: str | Callable[..., Any], *, none_value: float | None = None, name: str | None = None) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
         self.name = name or _name(self._function)
         self.none_value = none_value
@@ -111,6 +115,10 @@ class TRLReward(Reward):
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> list[float]:
         """Score ``N`` responses."""
+        return [0.0 if value is None else value for value in self.score_or_abstain(responses, records)]
+
+    def score_or_abstain(self, responses: Sequence[str], records: Sequence[Record]) -> list[float | None]:
+        """Score ``N`` responses, None where the function gives None and ``none_value`` does not stand for it."""
         rows = [_columns(record) for record in records]
         arguments: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
         arguments["prompts"] = [record.prompt if isinstance(record.prompt, str) else _copy(record.prompt) for record in records]

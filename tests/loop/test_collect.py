@@ -247,3 +247,28 @@ def test_the_loss_finds_no_weight_that_was_cast_without_gradient(rollouts) -> No
         with Casts() as casts:
             layer(inputs)
     assert casts.count == 1
+
+
+class Abstains(Length):
+    """Scores no response that is marked."""
+
+    name = "abstains"
+
+    def score_or_abstain(self, responses, records):
+        return [None if text.startswith(responses[0]) else value for text, value in zip(responses, self(responses, records), strict=True)]
+
+
+@pytest.mark.parametrize("combine", ["loss", "advantage", "reward"])
+def test_what_no_reward_could_score_gets_no_advantage_whatever_the_anchor_joins(rollouts, combine) -> None:
+    rollouts.texts[0] = rollouts.texts[1] = "unscored"
+    options = AdvantageOptions(scale="none", reward_kl=0.5)
+    zeros = torch.zeros_like(rollouts.engine_logprobs)
+    rewards = RewardSet([Abstains()])
+    experience = run(
+        rollouts, rewards=rewards, options=options, anchor=anchor(combine=combine), anchor_weight=1.0, rescore=lambda _: (zeros, zeros)
+    )
+    assert experience.rewards[:2, 0].isnan().all()
+    assert experience.advantages[:2].tolist() == [0.0, 0.0]
+    assert experience.advantages[2:].abs().min() > 0
+    assert all(torch.tensor(value).isfinite() for value in experience.metrics.values()), experience.metrics
+    assert experience.metrics["reward/abstains"] == experience.metrics["guard/task_reward"] == pytest.approx(3.0)

@@ -109,3 +109,23 @@ def test_select_leaves_records_out_and_says_why(caplog):
     assert RewardSet([reward(lengths)]).select(RECORDS) == [0, 1, 2]
     with pytest.raises(DataError, match=r"the rewards leave out all 1 records: picky: odd \(1\)"):
         RewardSet([Picky()]).select(RECORDS[1:2])
+
+
+class Abstains(Reward):
+    name = "abstains"
+
+    def __call__(self, responses, records):
+        return [1.0] * len(responses)
+
+    def score_or_abstain(self, responses, records):
+        return [None, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("reward_", [Abstains(), FunctionReward(lambda r, _: [None, 2.0, 3.0], may_abstain=True, name="f")])
+def test_a_reward_may_abstain(reward_):
+    rewards = RewardSet([reward_, RegexReward("a")], [2.0, 1.0])
+    columns = rewards.score(TEXTS, RECORDS)
+    assert columns[:, 0].isnan().tolist() == [True, False, False]
+    assert rewards.total(columns).tolist() == [float(c) if i == 0 else 2.0 * (i + 1) + float(c) for i, c in enumerate(columns[:, 1])]
+    alone = RewardSet([reward_])
+    assert alone.total(alone.score(TEXTS, RECORDS)).isnan().tolist() == [True, False, False]
