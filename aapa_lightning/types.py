@@ -84,6 +84,7 @@ class Rollouts:
         token_ends: int64 ``[N, L]``, characters of the text decoded up to and including this token; non-decreasing, 0 on padding.
         texts: decoded responses without special tokens, ``N`` strings.
         records: the record of each row, ``N``.
+        prompt_ends: the last characters of each prompt, which say whether the response begins inside a thought, ``N``; or none.
     """
 
     prompt_ids: Tensor
@@ -96,6 +97,7 @@ class Rollouts:
     token_ends: Tensor
     texts: list[str]
     records: list[Record]
+    prompt_ends: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

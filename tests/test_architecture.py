@@ -27,6 +27,7 @@ TRAINER = (
 FORBIDDEN = {
     f"{A}/types.py": (A, "aapa_kernels", "lightning", "transformers"),
     f"{A}/errors.py": (A, "torch", "lightning", "transformers"),
+    f"{A}/thinking.py": (*TRAINER, "torch", "transformers", *(f"{A}.{room}" for room in ("anchor", "data", "loop", "rewards", "rollout"))),
     f"{A}/reduce.py": (
         *TRAINER,
         "transformers",

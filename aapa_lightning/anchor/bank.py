@@ -17,6 +17,7 @@ from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ExpertBank:
         segmenter: Segmenter | None = None,
         *,
         batch_size: int = 256,
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
         resume: bool = False,
     ) -> ExpertBank:
         """Score the expert responses of ``records`` batch by batch and write a bank, whole or not at all.
@@ -128,7 +129,7 @@ class ExpertBank:
         shard: tuple[int, int],
         *,
         batch_size: int = 256,
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
         resume: bool = False,
     ) -> None:
         """One process's part of a build by several; ``join`` makes the bank when all are done.
@@ -156,7 +157,7 @@ class ExpertBank:
         shard: tuple[int, int],
         *,
         batch_size: int = 256,
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
     ) -> PartWriter:
         """What writes the parts of a shard, for ``bank_build.build_parts``; arguments and errors as for ``build_shard``."""
         target = Path(folder)

@@ -20,10 +20,10 @@ from typing import Any
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
-from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.files import write_json
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Record
 
 ROWS, INDEX, STAMP, _NOTE = "experts.arrow", "index.arrow", "bank.json", "build.json"
@@ -65,7 +65,7 @@ class PartWriter:
     discriminator: Discriminator
     segmenter: Segmenter
     batch_size: int
-    score_thinking: bool
+    score_thinking: ScoreThinking
 
     def __call__(self, numbers: range) -> None:
         """Score the records of these numbers, batch by batch; keeps what is there already and was made from them."""
@@ -101,7 +101,7 @@ def build_parts(
         "fingerprint": writer.discriminator.fingerprint(),
         "cross_fitted": bool(getattr(writer.discriminator, "cross_fitted", False)),
         "segmenter": writer.segmenter.settings(),
-        "score_thinking": writer.score_thinking,
+        "score_thinking": as_thinking(writer.score_thinking).setting(),
         "batch_size": writer.batch_size,
         "rows": total,
         "shards": count,
@@ -146,7 +146,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Segmenter, score_thinking: bool) -> list[Row]:
+def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Segmenter, score_thinking: ScoreThinking) -> list[Row]:
     score = getattr(discriminator, "score_held_out", discriminator.score)
     answers = [_answers(record, score_thinking) for record in batch]
     pairs = [(record, text) for record, texts in zip(batch, answers, strict=True) for text in texts]
@@ -159,13 +159,13 @@ def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Se
     ]
 
 
-def _answers(record: Record, score_thinking: bool) -> list[str]:
+def _answers(record: Record, score_thinking: ScoreThinking) -> list[str]:
     if not record.experts:
         raise DataError(
             f"{record.source}: no expert response, but the expert bank needs one for every prompt; add a column 'expert', or "
             "leave such records out (aapa bank build --missing-experts drop)"
         )
-    return [text if score_thinking else text[answer_start(text) :] for text in record.experts]
+    return [str(answer) for answer in as_thinking(score_thinking).answers(record.experts)]
 
 
 def write_part(path: Path, batches: Iterator[list[Row]]) -> int:
@@ -183,7 +183,7 @@ def write_part(path: Path, batches: Iterator[list[Row]]) -> int:
     return rows
 
 
-def _check_part(path: Path, records: Iterator[Record], score_thinking: bool) -> None:
+def _check_part(path: Path, records: Iterator[Record], score_thinking: ScoreThinking) -> None:
     """Raise DataError when a part was not made from these records."""
     with _opened(path) as part:
         kept = hashlib.sha256()

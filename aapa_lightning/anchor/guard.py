@@ -16,7 +16,9 @@ from torch import Tensor
 
 from aapa_kernels import group_mean
 from aapa_lightning.anchor.signal import zero_variance_counts
+from aapa_lightning.anchor.thinking import answer_view
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SumOverRanks, identity_sum
 
 #: Logits are counted in bins of 0.1 between these limits; beyond them the discriminator is certain and the order does not matter.
@@ -29,6 +31,7 @@ def measure(
     task_rewards: Tensor | None = None,
     expert_logits: Tensor | None = None,
     *,
+    thinking: Thinking = Thinking(),  # noqa: B008 - frozen, so sharing it is safe
     sum_over_ranks: SumOverRanks = identity_sum,
 ) -> dict[str, float]:
     """Measures of one window; a measure whose ingredients are missing is left out.
@@ -38,18 +41,19 @@ def measure(
         signal: what the anchor said about them.
         task_rewards: ``[N]``, the task's total reward; NaN where there is none.
         expert_logits: ``[M]`` mean logits of expert responses to the same prompts, by a discriminator that was not trained on them.
+        thinking: tells answers from the thinking before them, which has no part in lengths.
         sum_over_ranks: sums a tensor over ranks, called once.
 
     Returns:
-        ``length`` mean tokens of a response; ``length_vs_expert`` characters of responses over those of the experts to the same prompts;
-        ``entropy`` nats per token, estimated by minus the log-probs of the sampled tokens; ``score_zero_variance`` and
+        ``length`` mean tokens of an answer; ``length_vs_expert`` characters of answers over those of the experts to the same prompts;
+        ``entropy`` nats per token, estimated by minus the log-probs of the sampled tokens, thinking included; ``score_zero_variance`` and
         ``task_zero_variance`` shares of groups whose values are all equal; ``correlation`` of anchor score and task reward within groups;
         ``task_reward`` mean; ``auroc`` probability that an expert response has a higher mean logit than a rollout.
     """
     device = signal.scores.device
     groups = rollouts.group_ids.to(device)
     parts = {
-        "lengths": _lengths(rollouts),
+        "lengths": _lengths(rollouts, thinking),
         "score_groups": zero_variance_counts(signal.scores, groups),
         "task_groups": torch.zeros(2) if task_rewards is None else _zero_variance(task_rewards.to(device), groups),
         "moments": torch.zeros(5) if task_rewards is None else _moments(signal.scores, task_rewards.to(device), groups),
@@ -60,10 +64,10 @@ def measure(
         device, torch.float32 if device.type == "mps" else torch.float64
     )
     totals = dict(zip(parts, sum_over_ranks(flat).cpu().split([len(part) for part in parts.values()]), strict=True))
-    rows, tokens, neg_logprob, chars, expert_chars = totals["lengths"].tolist()
+    rows, answer_tokens, tokens, neg_logprob, chars, expert_chars = totals["lengths"].tolist()
     reward, covariance, score_variance, task_variance, scored = totals["moments"].tolist()
     ratios: dict[str, tuple[float, float] | list[float]] = {
-        "length": (tokens, rows),
+        "length": (answer_tokens, rows),
         "length_vs_expert": (chars, expert_chars),
         "entropy": (neg_logprob, tokens),
         "score_zero_variance": totals["score_groups"].tolist(),
@@ -76,18 +80,21 @@ def measure(
     return {name: top / bottom for name, (top, bottom) in ratios.items() if bottom > 0}
 
 
-def _lengths(rollouts: Rollouts) -> Tensor:
-    """Rows, tokens, minus the sum of log-probs, characters and the experts' characters (both only where there are experts)."""
+def _lengths(rollouts: Rollouts, thinking: Thinking) -> Tensor:
+    """Rows, tokens of answers, all tokens, minus the sum of log-probs, characters of answers and of experts' (where there are experts)."""
+    view = answer_view(rollouts, thinking)
     different = {id(record): record for record in rollouts.records if record.experts}  # a group shares its record
-    lengths = {key: _expert_length(record) for key, record in different.items()}
-    pairs = [(len(text), lengths[id(record)]) for text, record in zip(rollouts.texts, rollouts.records, strict=True) if record.experts]
+    lengths = {key: _expert_length(record, thinking) for key, record in different.items()}
+    pairs = [(len(text), lengths[id(record)]) for text, record in zip(view.rollouts.texts, rollouts.records, strict=True) if record.experts]
     mask = rollouts.response_mask
     tokens, neg_logprob = int(mask.sum()), -float(torch.where(mask, rollouts.engine_logprobs, 0).sum(dtype=torch.float64))
-    return torch.tensor([len(rollouts), tokens, neg_logprob, sum(a for a, _ in pairs), sum(b for _, b in pairs)], dtype=torch.float64)
+    answers = tokens - int(view.thinking.sum())
+    characters = [sum(a for a, _ in pairs), sum(b for _, b in pairs)]
+    return torch.tensor([len(rollouts), answers, tokens, neg_logprob, *characters], dtype=torch.float64)
 
 
-def _expert_length(record: Record) -> float:
-    return sum(map(len, record.experts)) / len(record.experts)
+def _expert_length(record: Record, thinking: Thinking) -> float:
+    return sum(map(len, thinking.answers(record.experts))) / len(record.experts)
 
 
 def _zero_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:

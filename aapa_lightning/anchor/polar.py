@@ -17,10 +17,10 @@ from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.reference_text import Wrapper, polar_text, template_text
 from aapa_lightning.anchor.server import ScoreServer
-from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.anchor.value_model import ValueModel, load_tokenizer, reward_token_id, vocabulary
 from aapa_lightning.errors import ConfigError, DataError, choose
 from aapa_lightning.files import write_json
+from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import Record, SentenceSpans
 
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda scores: scores.mean(), "max": lambda scores: scores.max()}
@@ -30,7 +30,7 @@ _NOT_DIGESTED = ("model", "server", "device", "batch_tokens")
 
 def answer_of(text: str) -> str:
     """A response without its thinking and without white space around it."""
-    return text[answer_start(text) :].strip()
+    return Thinking().answer(text).strip()
 
 
 class RewardModelDiscriminator(Discriminator):

@@ -25,6 +25,7 @@ from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Po
 from aapa_lightning.anchor.thinking import answer_view
 from aapa_lightning.data.records import require_experts
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 _COMPARES = "the discriminator compares every response with an expert's"
@@ -47,9 +48,9 @@ class AnchorTerm:
         truncated: ``score`` or ``drop`` responses that hit the length limit.
         bank: expert logits, for ``bt_gap`` and for the guard's AUROC.
         segmenter: finds sentences; the discriminator's own by default.
-        score_thinking: score ``<think>...</think>`` like any text. Otherwise it is cut off before scoring; its tokens then belong to the
-            first sentence without weighing in it, so that they answer for the response they led to. A response that is all thinking is
-            scored as an empty answer.
+        score_thinking: score ``<think>...</think>`` like any text. Otherwise it is cut off before scoring (``aapa_lightning.thinking``);
+            its tokens then belong to the first sentence without weighing in it, so that they answer for the response they led to. A
+            response that is all thinking is scored as an empty answer. ``Thinking`` names other tags.
         guard: limits on what the guard measures; by default it only measures.
 
     Raises:
@@ -72,7 +73,7 @@ class AnchorTerm:
         truncated: Truncated = "score",
         bank: Bank | None = None,
         segmenter: Segmenter | None = None,
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
         guard: Guard | None = None,
     ) -> None:
         self.options = AnchorOptions(transform, tau, pool, softmin_temperature, scale, scale_floor, granularity, combine, truncated)
@@ -81,7 +82,7 @@ class AnchorTerm:
         self._fingerprint = discriminator.fingerprint()  # hashing large weights takes seconds
         self.bank = bank
         self._compared = bank if self.options.transform == "bt_gap" else None
-        self.score_thinking = score_thinking
+        self.thinking = as_thinking(score_thinking)
         self.schedule = as_schedule(weight)
         self.guard = guard or Guard()
         self.windows = self.trips = 0
@@ -145,13 +146,12 @@ class AnchorTerm:
     def _score(self, rollouts: Rollouts) -> tuple[Tensor, SentenceSpans]:
         if self.discriminator.needs_experts:
             require_experts(rollouts.records, _COMPARES)
-        view = None if self.score_thinking else answer_view(rollouts)
-        scored = rollouts if view is None else view.rollouts
-        spans = segment_rollouts(scored, self.segmenter)
-        spans = spans if view is None else view.scored(spans)
+        view = answer_view(rollouts, self.thinking)
+        scored = view.rollouts
+        spans = view.scored(segment_rollouts(scored, self.segmenter))
         logits = self.discriminator.score(scored.texts, rollouts.records, spans).to(rollouts.response_ids.device, torch.float32)
         check_finite(logits, spans, scored)
-        return logits, spans if view is None else view.in_full_text(spans)
+        return logits, view.in_full_text(spans)
 
     def observe(
         self,
@@ -175,7 +175,7 @@ class AnchorTerm:
         prompts = dict(zip(rollouts.group_ids.tolist(), rollouts.records, strict=True)).values()
         found = [] if self.bank is None else [self.bank.expert_logits(record) for record in prompts]
         experts = torch.tensor([float(logits.mean()) for logits in found if logits is not None and logits.numel()])
-        measures = measure(rollouts, signal, task_rewards, experts, sum_over_ranks=sum_over_ranks)
+        measures = measure(rollouts, signal, task_rewards, experts, thinking=self.thinking, sum_over_ranks=sum_over_ranks)
         self._pending = dict(measures)
         return {**self.guard.relative(measures), "trips": float(self.trips)}
 

@@ -1,4 +1,4 @@
-"""Scoring answers without the thinking that precedes them."""
+"""Rollouts as if they had begun with their answers: ``aapa_lightning.thinking``'s rule, on tokens."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import Rollouts, SentenceSpans
 
-_OPEN, _CLOSE = "<think>", "</think>"
 
-
-def answer_start(text: str) -> int:
-    """Characters of thinking at the beginning of a response: 0 without any, all of it when the thinking never ends.
-
-    The opening tag may stand in the prompt (some chat templates write it there), so a closing tag alone ends thinking too.
-    """
-    close = text.find(_CLOSE)
-    opens = text.lstrip().startswith(_OPEN)
-    if close >= 0 and (opens or _OPEN not in text[:close]):
-        return close + len(_CLOSE)
-    return len(text) if opens else 0
+def answer_start(text: str, prompt_end: str = "") -> int:
+    """``Thinking.start`` with the usual tags."""
+    return Thinking().start(text, prompt_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +46,11 @@ class AnswerView:
         return replace(spans, char_spans=moved)
 
 
-def answer_view(rollouts: Rollouts) -> AnswerView:
-    """Cut the thinking off every response."""
-    starts = [answer_start(text) for text in rollouts.texts]
+def answer_view(rollouts: Rollouts, thinking: Thinking = Thinking()) -> AnswerView:  # noqa: B008 - frozen, so sharing it is safe
+    """Cut the thinking off every response; nothing where ``thinking.score`` says that it is judged too."""
+    answers: list[str] = [*thinking.answers(rollouts.texts, rollouts.prompt_ends)]
+    starts = [len(text) - len(answer) for text, answer in zip(rollouts.texts, answers, strict=True)]
     offset = torch.tensor(starts, dtype=torch.int64, device=rollouts.token_ends.device).reshape(-1, 1)
-    thinking = rollouts.response_mask & (rollouts.token_ends <= offset) & (offset > 0)
-    texts = [text[start:] for text, start in zip(rollouts.texts, starts, strict=True)]
+    thought = rollouts.response_mask & (rollouts.token_ends <= offset) & (offset > 0)
     ends = torch.where(rollouts.response_mask, (rollouts.token_ends - offset).clamp_min(0), 0)
-    return AnswerView(replace(rollouts, texts=texts, token_ends=ends), starts, thinking)
+    return AnswerView(replace(rollouts, texts=answers, token_ends=ends), starts, thought)

@@ -13,9 +13,9 @@ from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder
 from aapa_lightning.anchor.encoder_head import embed_references, fold_of, pick_reference
 from aapa_lightning.anchor.head import Feature, sentence_features
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
-from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.examples import Example
 from aapa_lightning.data.records import prompt_hash
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 
 #: Least and largest temperature.
 TEMPERATURES = (0.05, 20.0)
@@ -81,14 +81,14 @@ def encode_examples(
     examples: Sequence[Example],
     *,
     folds: int,
-    score_thinking: bool = False,
+    score_thinking: ScoreThinking = False,
 ) -> EncodedExamples:
     """Encode every example once.
 
     Raises:
         DataError: ``reference`` is among the features and a record has no other expert response to compare with.
     """
-    texts = [example.text if score_thinking else example.text[answer_start(example.text) :] for example in examples]
+    texts = as_thinking(score_thinking).answers([example.text for example in examples], [example.prompt_end for example in examples])
     records = [example.record for example in examples]
     embedded = encoder([record.prompt for record in records], texts, segment_texts(texts, segmenter).char_spans)
     references: Embedded | None = None

@@ -17,6 +17,7 @@ from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.anchor.signal import Combine, Granularity, Pool, Scale, Transform, Truncated
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.thinking import ScoreThinking
 
 
 class AnchorCallback(Callback):
@@ -39,7 +40,7 @@ class AnchorCallback(Callback):
         truncated: ``score`` or ``drop`` responses that hit the length limit.
         bank: folder of an expert bank (``aapa bank build``), for ``bt_gap`` and the guard's AUROC.
         segmenter: finds sentences; the one that the discriminator was trained with by default.
-        score_thinking: score ``<think>`` blocks too.
+        score_thinking: score ``<think>`` blocks too; ``Thinking`` names other tags.
         guard: limits that warn or stop the run when the discriminator is being gamed.
         encoder: where the discriminator's encoder lies, if it moved since training.
         trust_remote_code: run code that comes with the encoder.
@@ -61,7 +62,7 @@ class AnchorCallback(Callback):
         truncated: Truncated = "score",
         bank: str | None = None,
         segmenter: Segmenter | None = None,
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
         guard: Guard | None = None,
         encoder: str | None = None,
         trust_remote_code: bool = False,

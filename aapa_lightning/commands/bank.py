@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from aapa_lightning.commands.columns import add_column_option, parse_columns
 from aapa_lightning.commands.devices import add_device_options, on_devices, pick_devices
+from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
 
 if TYPE_CHECKING:
     from aapa_lightning.anchor.bank import ExpertBank
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--encoder", help="where the discriminator's encoder lies now, if it has moved")
     build.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the encoder's weights")
     build.add_argument("--out", required=True, help="folder to write; an existing bank is replaced")
-    build.add_argument("--score-thinking", action="store_true", help="keep <think> blocks, as score_thinking of the anchor does")
+    add_thinking_options(build)
     build.add_argument("--batch-size", type=int, default=256, help="records scored at a time (default: %(default)s)")
     build.add_argument("--resume", action="store_true", help="go on where a build with the same inputs stopped; starts anew where none is")
     build.add_argument("--shard", metavar="I/N", help="score the I-th of N parts alone, on a machine each; then `aapa bank join`")
@@ -71,7 +72,7 @@ def _writer(args: argparse.Namespace, shard: tuple[int, int], device: str) -> Pa
         # numbers, not records: of a large file these stay on disk
         records = take(records, [i for i in range(len(records)) if records[i].experts])
     discriminator = load_discriminator(args.discriminator, encoder=args.encoder, trust_remote_code=args.trust_remote_code).to(device)
-    options = {"batch_size": args.batch_size, "score_thinking": args.score_thinking}
+    options = {"batch_size": args.batch_size, "score_thinking": parse_thinking(args)}
     return ExpertBank.part_writer(args.out, records, discriminator, None, shard, **options)
 
 

@@ -7,8 +7,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
+
 if TYPE_CHECKING:
     from aapa_lightning.commands.joined import Answer
+    from aapa_lightning.thinking import Thinking
     from aapa_lightning.types import Record
 
 
@@ -18,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="split of a datasets name or folder")
     parser.add_argument("--responses", required=True, metavar="FILE", help="JSONL of responses, as `aapa predict` writes them")
     parser.add_argument("--allow-missing", action="store_true", help="judge what is there when prompts have no response; they are counted")
+    add_thinking_options(parser)
     parser.add_argument("--out", metavar="FILE", help="write the verdicts on every response as JSONL")
     parser.add_argument("--resamples", type=_positive, default=1000, help="of the bootstrap over prompts (default: %(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="of the bootstrap (default: %(default)s)")
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         check_not_input(args.out, prompts=args.prompts, responses=args.responses)
     records = read_records(args.prompts, split=args.split)
     _check(records)
-    rows = list(judge(records, read_answers(args.responses, PromptIndex(records))))
+    rows = list(judge(records, read_answers(args.responses, PromptIndex(records)), parse_thinking(args)))
     missing = sorted(set(range(len(records))) - {position for position, _ in rows})
     if missing and not args.allow_missing:
         _refuse(records, missing, args.responses)
@@ -47,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def judge(records: Sequence[Record], answers: Iterable[Answer]) -> Iterable[tuple[int, dict[str, Any]]]:
+def judge(records: Sequence[Record], answers: Iterable[Answer], thinking: Thinking) -> Iterable[tuple[int, dict[str, Any]]]:
     """Judge responses one by one.
 
     Args:
         records: with validated instructions.
         answers: responses with the positions of their records.
+        thinking: tells what is judged of a response.
 
     Yields:
         The record's position and the row of the verdict file: ``key``, ``strict`` and ``loose`` (a list each, in the order of the
@@ -65,8 +70,9 @@ def judge(records: Sequence[Record], answers: Iterable[Answer]) -> Iterable[tupl
         row: dict[str, Any] = {"key": answer.key}
         if answer.key is None:
             row["prompt"] = record.prompt
-        row["strict"] = [follows(instruction, response.text) for instruction in record.instructions]
-        row["loose"] = [follows_loosely(instruction, response.text) for instruction in record.instructions]
+        text = thinking.answer(response.text, response.prompt_end)
+        row["strict"] = [follows(instruction, text) for instruction in record.instructions]
+        row["loose"] = [follows_loosely(instruction, text) for instruction in record.instructions]
         if response.temperature is not None:
             row |= {"sample": response.sample, "temperature": response.temperature}
         elif response.sample:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from aapa_lightning.commands.devices import add_device_options
+from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
 from aapa_lightning.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tau", type=float, default=1.0, help="temperature of the transform (default: %(default)s)")
     parser.add_argument("--pool", choices=("mean", "min", "softmin"), default="mean", help="of sentences (default: %(default)s)")
     parser.add_argument("--softmin-temperature", type=float, default=1.0, help="of the pool softmin (default: %(default)s)")
-    parser.add_argument("--score-thinking", action="store_true", help="keep <think> blocks, as score_thinking of the anchor does")
+    add_thinking_options(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="responses scored at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same inputs stopped; starts anew where none is")
     add_device_options(parser)
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = AnchorOptions(args.transform, args.tau, args.pool, args.softmin_temperature)
     options.check()
+    thinking = parse_thinking(args)
     _check(args)
     check_not_input(args.out, prompts=args.prompts, responses=args.responses, experts=args.experts)
     check_output(Path(args.out), resume=args.resume)
@@ -71,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
         "tau": args.tau,
         "pool": args.pool,
         "softmin_temperature": args.softmin_temperature,
-        "score_thinking": args.score_thinking,
+        "score_thinking": thinking.setting(),
         "rows": found.rows,
     }
-    start = partial(start_scorer, load if len(devices) > 1 else lambda: discriminator, options, args.score_thinking)
+    start = partial(start_scorer, load if len(devices) > 1 else lambda: discriminator, options, thinking)
     with Journal(args.out, meta, resume=args.resume, batch=args.batch_size) as journal:
         if not journal.complete:
             progress = Progress(found.rows, "responses", done=journal.rows)

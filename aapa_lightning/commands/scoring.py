@@ -15,10 +15,10 @@ from aapa_kernels import response_scores
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.anchor.signal import AnchorOptions
-from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.commands.joined import Answer
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import DataError
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Record, SentenceSpans
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ Batch = tuple[Sequence[Answer], Sequence[Record]]
 
 
 def start_scorer(
-    load: Callable[[], Discriminator], options: AnchorOptions, score_thinking: bool, device: str
+    load: Callable[[], Discriminator], options: AnchorOptions, score_thinking: ScoreThinking, device: str
 ) -> Callable[[Batch], list[dict[str, Any]]]:
     """A scorer on a device, of answers with the records that they answer; in one argument, as ``map`` gives it."""
     scorer = ResponseScorer(load().to(device), options, score_thinking=score_thinking)
@@ -88,11 +88,11 @@ class ResponseScorer:
     Args:
         discriminator: the judge.
         options: transform and pool; the rest is not read.
-        score_thinking: score ``<think>...</think>`` like any text; otherwise it is cut off first.
+        score_thinking: score ``<think>...</think>`` like any text; otherwise it is cut off first. ``Thinking`` names other tags.
     """
 
-    def __init__(self, discriminator: Discriminator, options: AnchorOptions, *, score_thinking: bool = False) -> None:
-        self.discriminator, self.score_thinking = discriminator, score_thinking
+    def __init__(self, discriminator: Discriminator, options: AnchorOptions, *, score_thinking: ScoreThinking = False) -> None:
+        self.discriminator, self.thinking = discriminator, as_thinking(score_thinking)
         self._options: dict[str, Any] = {
             "transform": options.transform,
             "tau": options.tau,
@@ -116,8 +116,8 @@ class ResponseScorer:
         Raises:
             DataError: a logit is not finite; names the response.
         """
-        starts = [0 if self.score_thinking else answer_start(answer.response.text) for answer in answers]
-        texts = [answer.response.text[start:] for answer, start in zip(answers, starts, strict=True)]
+        texts = [self.thinking.answer(answer.response.text, answer.response.prompt_end) for answer in answers]
+        starts = [len(answer.response.text) - len(text) for answer, text in zip(answers, texts, strict=True)]
         spans = segment_texts(texts, self.segmenter)
         logits = self.discriminator.score(texts, records, spans).to("cpu", torch.float32)
         _check_finite(logits, spans, answers)

@@ -22,11 +22,13 @@ class Example:
         text: the response.
         kind: ``expert`` is the positive class; ``response`` (of a policy or another model) and ``other_prompt`` (an expert's response
             to another prompt) are negatives.
+        prompt_end: as in ``Response``.
     """
 
     record: Record
     text: str
     kind: Literal["expert", "response", "other_prompt"]
+    prompt_end: str = ""
 
 
 def build_examples(records: Sequence[Record], negatives: Sequence[str], *, other_prompts: float, seed: int) -> list[Example]:
@@ -46,7 +48,7 @@ def build_examples(records: Sequence[Record], negatives: Sequence[str], *, other
     examples = [Example(record, text, "expert") for record in kept for text in record.experts]
     for path in negatives:
         for record, responses in zip(kept, join_responses(kept, read_responses(path)), strict=True):
-            examples += [Example(record, response.text, "response") for response in responses]
+            examples += [Example(record, response.text, "response", response.prompt_end) for response in responses]
     examples += _mismatched(kept, round(other_prompts * len(kept)), seed)
     if all(example.kind == "expert" for example in examples):
         raise DataError("the discriminator has no negatives: name response files in 'negatives', or set 'other_prompts' above 0")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from aapa_lightning.data.dialects import prompt_hash
 from aapa_lightning.data.responses import Response, join_responses
 from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import Record
 
 
@@ -142,7 +143,8 @@ def expert_pairs(record: Record, responses: Sequence[Response]) -> list[Record]:
 def scored_pairs(record: Record, scored: Sequence[Scored], pairing: str = "best-worst", margin: float = 0.0) -> list[Record]:
     """Pairs of responses with different scores, which go into ``extra`` as ``score_chosen`` and ``score_rejected``.
 
-    Equal scores and equal texts make no pair. Empty and truncated responses are never chosen. Of equally good ones the first counts.
+    Equal scores and equal texts make no pair. A response that is truncated or has no answer is never chosen. Of equally
+    good ones the first counts.
 
     Args:
         record: what they answer.
@@ -167,12 +169,12 @@ def scored_pairs(record: Record, scored: Sequence[Scored], pairing: str = "best-
 
 
 def best(scored: Sequence[Scored]) -> Scored | None:
-    """The first response with the highest score among those neither empty nor truncated; None where there is none."""
+    """The first response with the highest score among those that have an answer and are not truncated; None where there is none."""
     return max((one for one in scored if _may_be_chosen(one.response)), key=lambda one: one.score, default=None)
 
 
 def _may_be_chosen(response: Response) -> bool:
-    return not response.truncated and bool(response.text.strip())
+    return not response.truncated and bool(Thinking().answer(response.text, response.prompt_end).strip())
 
 
 def _beats(chosen: Scored, rejected: Scored, margin: float) -> bool:

@@ -1,7 +1,8 @@
 """Response files: JSONL of responses to the prompts of a dataset, joined to its records by key, else by prompt.
 
 A row is ``{"key": ..., "prompt": ..., "response": "...", "temperature": 1.0, "sample": 0, "truncated": false}``; ``response`` and one of
-``key`` and ``prompt`` are required. Other columns (such as verdicts) are kept in ``Response.extra``.
+``key`` and ``prompt`` are required. ``prompt_end`` says that the prompt, as the policy read it, ends with a tag that opens a
+thought. Other columns (such as verdicts) are kept in ``Response.extra``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Response:
         temperature: sampling temperature, where known.
         sample: which sample of the prompt, from 0.
         truncated: stopped by the length limit.
+        prompt_end: the tag that opens a thought where the policy's prompt ends with it, so that the response begins inside the thought.
         extra: every other column.
     """
 
@@ -42,6 +44,7 @@ class Response:
     temperature: float | None = None
     sample: int = 0
     truncated: bool = False
+    prompt_end: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +65,7 @@ def parse_response(row: Mapping[str, Any], source: str) -> Response:
         temperature=_number(columns.pop("temperature", None), "temperature", source),
         sample=_typed(columns.pop("sample", 0), int, "sample", "a whole number", source),
         truncated=_typed(columns.pop("truncated", False), bool, "truncated", "true or false", source),
+        prompt_end=text(columns.pop("prompt_end", ""), "prompt_end", source, allow_empty=True),
         extra=columns,
     )
 

@@ -33,6 +33,7 @@ def answer_row(record: Record, response: Response) -> dict[str, Any]:
     row: dict[str, Any] = {} if record.key is None else {"key": record.key}
     row["prompt"] = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
     row |= {"response": response.text, "temperature": response.temperature, "sample": response.sample, "truncated": response.truncated}
+    row |= {"prompt_end": response.prompt_end} if response.prompt_end else {}
     return {**row, **response.extra}
 
 

@@ -150,7 +150,7 @@ def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Ten
     device = rollouts.response_ids.device
     if rewards is None:
         return torch.zeros(len(rollouts), 1, device=device), torch.ones(1, device=device), {}
-    columns = rewards.score(rollouts.texts, rollouts.records).to(device)
+    columns = rewards.score(rollouts.texts, rollouts.records, rollouts.prompt_ends).to(device)
     weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
     metrics = {f"reward/{name}": _mean(columns[:, i]) for i, name in enumerate(rewards.names)}
     return columns, weights, metrics | {"reward": _mean(rewards.total(columns))}

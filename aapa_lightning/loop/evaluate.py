@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from aapa_lightning.types import Record
+from aapa_lightning.data.responses import response_row
+from aapa_lightning.thinking import Thinking
+from aapa_lightning.types import Record, Rollouts
 
 
 class EvalStep:
@@ -42,3 +45,21 @@ class EvalLoader:
         for batch in range(self._batches):
             indices = self._indices[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield EvalStep(indices, [self.records[i] for i in indices])
+
+
+def predicted_rows(rollouts: Rollouts, samples: int, temperature: float, thinking: Thinking) -> list[dict[str, Any]]:
+    """Rows of a response file.
+
+    Args:
+        rollouts: ``samples`` responses to each prompt, adjacent.
+        samples: responses of a prompt.
+        temperature: at which they were drawn.
+        thinking: where a prompt ends with its opening tag, the row says so.
+    """
+    rows = []
+    for i, (text, record) in enumerate(zip(rollouts.texts, rollouts.records, strict=True)):
+        tag = thinking.opening(rollouts.prompt_ends[i]) if rollouts.prompt_ends else ""
+        known = {"prompt_end": tag} if tag else {}
+        cut = bool(rollouts.truncated[i])
+        rows.append(response_row(record, text, temperature=temperature, sample=i % samples, truncated=cut, **known))
+    return rows

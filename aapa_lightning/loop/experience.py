@@ -77,6 +77,7 @@ def slice_rollouts(rollouts: Rollouts, rows: slice) -> Rollouts:
         token_ends=rollouts.token_ends[rows, :length],
         texts=rollouts.texts[rows],
         records=rollouts.records[rows],
+        prompt_ends=rollouts.prompt_ends[rows],
     )
 
 

@@ -17,6 +17,7 @@ from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.examples import Example, build_examples
 from aapa_lightning.data.records import attach_experts, prompt_hash, read_records, split_records
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
 
 
@@ -60,7 +61,7 @@ class DiscriminatorData(LightningDataModule):
         test_experts: str | None = None,
         batch_size: int = 64,
         segmenter: Segmenter = Segmenter(),  # noqa: B008 - frozen, so sharing it is safe
-        score_thinking: bool = False,
+        score_thinking: ScoreThinking = False,
         seed: int = 0,
     ) -> None:
         super().__init__()  # Path among the types keeps the command line from reading a dataset as a configuration

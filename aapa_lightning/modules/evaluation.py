@@ -12,6 +12,7 @@ from aapa_lightning.metrics.expert_logprob import ExpertLogProb
 from aapa_lightning.metrics.length_distance import LengthDistance
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Rollouts
 
 
@@ -27,11 +28,14 @@ class Evaluator:
         rewards: what the policy is trained on.
         judges: measures that no training sees.
         device: where sums live.
+        score_thinking: of the judges, as in ``RewardSet``.
     """
 
-    def __init__(self, rewards: RewardSet | None, judges: Sequence[Reward], device: torch.device) -> None:
+    def __init__(
+        self, rewards: RewardSet | None, judges: Sequence[Reward], device: torch.device, *, score_thinking: ScoreThinking = False
+    ) -> None:
         self._rewards = rewards
-        self._judges = RewardSet(list(judges)) if judges else None
+        self._judges = RewardSet(list(judges), score_thinking=score_thinking) if judges else None
         names = ["response_length", "truncated"]
         names += ["reward", *(f"reward/{name}" for name in rewards.names)] if rewards else []
         names += self._judges.names if self._judges else []
@@ -47,12 +51,13 @@ class Evaluator:
         self._mean("truncated", rollouts.truncated)
         self._length_distance.update(lengths, lengths[:0])
         if self._rewards:
-            columns = self._rewards.score(rollouts.texts, rollouts.records)
+            columns = self._rewards.score(rollouts.texts, rollouts.records, rollouts.prompt_ends)
             self._mean("reward", self._rewards.total(columns))
             for name, column in zip(self._rewards.names, columns.unbind(1), strict=True):
                 self._mean(f"reward/{name}", column)
         if self._judges:
-            for name, column in zip(self._judges.names, self._judges.score(rollouts.texts, rollouts.records).unbind(1), strict=True):
+            columns = self._judges.score(rollouts.texts, rollouts.records, rollouts.prompt_ends)
+            for name, column in zip(self._judges.names, columns.unbind(1), strict=True):
                 self._mean(name, column)
 
     def add_experts(self, logprobs: Tensor, mask: Tensor) -> None:

@@ -26,10 +26,9 @@ from aapa_lightning.data.encode import (
 )
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
-from aapa_lightning.data.responses import response_row
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
-from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
+from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, predicted_rows
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.modules.parallel import load_placed
@@ -42,6 +41,7 @@ from aapa_lightning.rollout.base import EngineFactory, RolloutEngine, RolloutReq
 from aapa_lightning.rollout.engines import EngineName, build_engine
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.sharding import gathered_parameters, shard_units
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Demonstration, Record, Rollouts
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class InferenceModule(L.LightningModule):
         rewards: the task's rewards.
         reward_weights: one per reward; 1 each by default.
         judges: measures for evaluation alone; no training sees them.
+        score_thinking: let rewards and judges see the thinking before an answer too; ``Thinking`` names other tags.
         seed: of data order and sampling; None takes ``seed_everything``'s.
         engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first
             three arguments are filled in).
@@ -89,6 +90,7 @@ class InferenceModule(L.LightningModule):
         rewards: list[Reward] | None = None,
         reward_weights: list[float] | None = None,
         judges: list[Reward] | None = None,
+        score_thinking: ScoreThinking = False,
         seed: int | None = None,
         engine: EngineName | EngineFactory = "auto",
         rollout_rows: int | None = None,
@@ -102,8 +104,8 @@ class InferenceModule(L.LightningModule):
         self.policy = policy
         self.prompt_format = prompt_format or PromptFormat()
         self.sampling = sampling or SamplingParams()
-        self.rewards = RewardSet(rewards, reward_weights) if rewards else None
-        self.judges = judges or []
+        self.rewards = RewardSet(rewards, reward_weights, score_thinking=score_thinking) if rewards else None
+        self.judges, self.score_thinking = judges or [], score_thinking
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         for name, value in (("rollout_rows", rollout_rows), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
@@ -206,7 +208,7 @@ class InferenceModule(L.LightningModule):
 
     def _evaluate(self, step: EvalStep) -> None:
         if self._evaluator is None:
-            self._evaluator = Evaluator(self.rewards, self.judges, self.device)
+            self._evaluator = Evaluator(self.rewards, self.judges, self.device, score_thinking=self.score_thinking)
         rollouts = self.sample(step, self.eval_samples, self.eval_temperature, "evaluate")
         if rollouts is not None:
             self._evaluator.add_rollouts(rollouts)
@@ -275,11 +277,8 @@ class InferenceModule(L.LightningModule):
         rows: list[dict[str, Any]] = []
         for temperature in self.predict_temperatures:
             rollouts = self.sample(batch, self.predict_samples, temperature, "predict")
-            if rollouts is None:
-                continue
-            for i, (text, record) in enumerate(zip(rollouts.texts, rollouts.records, strict=True)):
-                cut = bool(rollouts.truncated[i])
-                rows.append(response_row(record, text, temperature=temperature, sample=i % self.predict_samples, truncated=cut))
+            if rollouts is not None:
+                rows += predicted_rows(rollouts, self.predict_samples, temperature, as_thinking(self.score_thinking))
         return rows
 
 

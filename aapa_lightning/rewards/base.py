@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Record
 
 
@@ -22,13 +23,19 @@ class Reward(ABC):
     """
 
     name: str
+    #: What of a response this reward judges; None leaves it to its ``RewardSet``. Called by itself, a reward judges answers.
+    score_thinking: ScoreThinking | None = None
+
+    def judged(self, responses: Sequence[str]) -> Sequence[str]:
+        """What of each response the reward judges: its answer, or all of it."""
+        return as_thinking(self.score_thinking or False).answers(responses)
 
     @abstractmethod
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]:
         """Score ``N`` responses.
 
         Args:
-            responses: decoded responses.
+            responses: decoded responses; from a ``RewardSet`` their answers, without the thinking before them.
             records: their records: prompt, instructions and extra columns.
 
         Returns:

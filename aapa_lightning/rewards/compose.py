@@ -14,6 +14,7 @@ from torch import Tensor
 from aapa_lightning.advantages import scored_rows
 from aapa_lightning.errors import AapaError, ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
+from aapa_lightning.thinking import Judged, ScoreThinking, as_thinking
 from aapa_lightning.types import Record
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,21 @@ class RewardSet:
     Args:
         rewards: at least one, with different names.
         weights: one finite number per reward; default 1 each.
+        score_thinking: let rewards judge the thinking before an answer too; a reward's own option counts more. ``Thinking`` names other
+            tags.
 
     Raises:
         ConfigError: no reward, equal names, or weights that do not fit.
     """
 
-    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None, *, score_thinking: ScoreThinking = False) -> None:
         if not rewards:
             raise ConfigError("expected at least one reward, found none; set rewards")
         for reward in rewards:
             if not callable(reward) or not isinstance(getattr(reward, "name", None), str):
                 raise ConfigError(f"expected a reward (callable, with a 'name'), found {reward!r}; wrap a function in FunctionReward")
         self.rewards = list(rewards)
+        self.score_thinking = score_thinking
         self.names = [reward.name for reward in rewards]
         if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
             raise ConfigError(f"rewards need different names, found {repeated[0]!r} more than once; set 'name'")
@@ -49,14 +53,23 @@ class RewardSet:
         if not all(map(math.isfinite, self.weights)):
             raise ConfigError(f"reward weights must be finite, found {self.weights}")
 
-    def score(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
+    def score(self, responses: Sequence[str], records: Sequence[Record], prompt_ends: Sequence[str] = ()) -> Tensor:
         """Unweighted rewards of ``N`` responses, float32 ``[N, R]`` on the CPU; NaN where a reward that may abstain did.
+
+        Args:
+            responses: whole responses; each reward is given what it is to judge of them (``aapa_lightning.thinking``).
+            records: their records.
+            prompt_ends: the last characters of their prompts, or nothing where they are not known.
 
         Raises:
             DataError: a reward raised, or returned another number of values or a value that is not finite; the message names the reward and
                 the record.
         """
-        return torch.stack([_column(reward, responses, records) for reward in self.rewards], dim=1)
+        return torch.stack([_column(reward, self._judged(reward, responses, prompt_ends), records) for reward in self.rewards], dim=1)
+
+    def _judged(self, reward: Reward, responses: Sequence[str], prompt_ends: Sequence[str]) -> list[Judged]:
+        own = getattr(reward, "score_thinking", None)
+        return as_thinking(self.score_thinking if own is None else own).answers(responses, prompt_ends)
 
     def total(self, columns: Tensor) -> Tensor:
         """Weighted sum of the rewards, float32 ``[N]``, of ``score``'s columns ``[N, R]`` on any device; NaN where no reward scored."""

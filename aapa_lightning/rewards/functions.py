@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
 
 #: Arguments that TRL's trainer gives and that text alone does not have.
@@ -57,21 +58,29 @@ class FunctionReward(Reward):
         function: the function, or where to import it from: ``package.module:function`` or ``path/to/file.py:function``.
         may_abstain: None in place of a number means "cannot be scored": the response leaves its group's baseline (``task_advantages``).
             Otherwise None is an error.
+        score_thinking: judge the thinking before an answer too (``Reward``).
         name: logged name; default the function's.
 
     Raises:
         ConfigError: the function cannot be imported.
     """
 
-    def __init__(self, function: str | Callable[..., Any], *, may_abstain: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        *,
+        may_abstain: bool = False,
+        score_thinking: ScoreThinking | None = None,
+        name: str | None = None,
+    ) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        self.name = name or _name(self._function)
+        self.name, self.score_thinking = name or _name(self._function), score_thinking
         if may_abstain:
-            self.score_or_abstain = self._function
+            self.score_or_abstain = self.__call__
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor | Sequence[float]:
         """Score ``N`` responses."""
-        return self._function(responses, records)
+        return self._function(list(map(str, self.judged(responses))), records)
 
 
 class TRLReward(Reward):
@@ -86,15 +95,23 @@ class TRLReward(Reward):
     Args:
         function: the function, or where to import it from (``FunctionReward``).
         none_value: a number that stands for None instead. Called by itself, without a ``RewardSet``, the reward gives 0 by default.
+        score_thinking: a function written for TRL judges whole completions, as TRL gives them; false gives it the answers alone.
         name: logged name; default the function's.
 
     Raises:
         ConfigError: the function cannot be imported, is asynchronous, or demands arguments that only TRL's trainer has.
     """
 
-    def __init__(self, function: str | Callable[..., Any], *, none_value: float | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        *,
+        none_value: float | None = None,
+        score_thinking: ScoreThinking = True,
+        name: str | None = None,
+    ) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
-        self.name = name or _name(self._function)
+        self.name, self.score_thinking = name or _name(self._function), score_thinking
         self.none_value = none_value
         if inspect.iscoroutinefunction(self._function):
             raise ConfigError(f"reward {self.name!r} is asynchronous; wrap it in a function that waits for it")
@@ -122,7 +139,7 @@ class TRLReward(Reward):
         rows = [_columns(record) for record in records]
         arguments: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in {name for row in rows for name in row}}
         arguments["prompts"] = [record.prompt if isinstance(record.prompt, str) else _copy(record.prompt) for record in records]
-        arguments["completions"] = [_completion(text, record) for text, record in zip(responses, records, strict=True)]
+        arguments["completions"] = [_completion(text, record) for text, record in zip(self.judged(responses), records, strict=True)]
         if not self._takes_all:
             arguments = {name: value for name, value in arguments.items() if name in self._named}
         return [self.none_value if value is None else float(value) for value in self._function(**arguments)]
@@ -139,4 +156,4 @@ def _copy(turns: Sequence[Any]) -> list[dict[str, str]]:
 
 
 def _completion(response: str, record: Record) -> str | list[dict[str, str]]:
-    return response if isinstance(record.prompt, str) else [{"role": "assistant", "content": response}]
+    return str(response) if isinstance(record.prompt, str) else [{"role": "assistant", "content": str(response)}]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aapa_lightning.data.records import require_experts
 from aapa_lightning.rewards.base import Reward
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
 
 
@@ -28,11 +29,12 @@ class RewardModelReward(Reward):
 
     Args:
         scorer: the reward model.
+        score_thinking: judge the thinking before an answer too (``Reward``).
         name: logged name.
     """
 
-    def __init__(self, scorer: ResponseScorer, *, name: str = "reward_model") -> None:
-        self.scorer, self.name = scorer, name
+    def __init__(self, scorer: ResponseScorer, *, score_thinking: ScoreThinking | None = None, name: str = "reward_model") -> None:
+        self.scorer, self.score_thinking, self.name = scorer, score_thinking, name
 
     def skip_reason(self, record: Record) -> str | None:
         """Raises DataError for a record without the expert response that scores need; leaves none out."""
@@ -42,4 +44,4 @@ class RewardModelReward(Reward):
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> Tensor:
         """Score ``N`` responses: float32 ``[N]``."""
-        return self.scorer.raw(responses, records)
+        return self.scorer.raw(self.judged(responses), records)

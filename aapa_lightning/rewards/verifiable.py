@@ -8,6 +8,7 @@ from typing import Any, Literal
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.instructions import CHECKS, follows, follows_loosely, validate_instruction
+from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
 
 #: Sums of such weights are finite.
@@ -29,6 +30,7 @@ class InstructionReward(Reward):
         unsupported: what becomes of records with an identifier that no check knows, or with no instruction: ``error`` stops before
             training, ``skip-record`` leaves them out and says how many and why. A missing or malformed argument or weight is an error in
             both.
+        score_thinking: judge the thinking before an answer too (``Reward``).
         name: logged name.
 
     Raises:
@@ -42,6 +44,7 @@ class InstructionReward(Reward):
         weights: dict[str, float] | str | None = None,
         verdicts: Literal["strict", "loose"] = "strict",
         unsupported: Literal["error", "skip-record"] = "error",
+        score_thinking: ScoreThinking | None = None,
         name: str = "instructions",
     ) -> None:
         for option, value in (("mode", mode), ("verdicts", verdicts), ("unsupported", unsupported)):
@@ -51,7 +54,7 @@ class InstructionReward(Reward):
             raise ConfigError(f"reward {name!r}: weights go with mode 'weighted', found mode {mode!r} and weights {weights!r}")
         if isinstance(weights, Mapping):
             _check_mapping(weights, name)
-        self.name = name
+        self.name, self.score_thinking = name, score_thinking
         self.mode = mode
         self.weights = weights
         self.unsupported = unsupported
@@ -70,7 +73,7 @@ class InstructionReward(Reward):
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> list[float]:
         """Score ``N`` responses: numbers in [0, 1]."""
-        return [self._score(response, record) for response, record in zip(responses, records, strict=True)]
+        return [self._score(response, record) for response, record in zip(self.judged(responses), records, strict=True)]
 
     def _weights(self, record: Record) -> list[float]:
         # One for each instruction of a valid record.

@@ -9,6 +9,7 @@ import torch
 
 from aapa_lightning.rollout.base import RolloutRequest
 from aapa_lightning.rollout.text import decode_with_ends
+from aapa_lightning.thinking import prompt_end
 from aapa_lightning.types import Rollouts, pad_left, pad_right
 
 
@@ -36,6 +37,7 @@ def collate(requests: Sequence[RolloutRequest], responses: Sequence[Response], t
     logprobs = torch.zeros(response_ids.shape)
     ends = torch.zeros(response_ids.shape, dtype=torch.int64)
     texts = []
+    prompts = {id(request): prompt_end(tokenizer, request.prompt_ids) for request in requests}
     for i, response in enumerate(responses):
         text, text_ends = decode_with_ends(tokenizer, response.ids)
         texts.append(text)
@@ -52,4 +54,5 @@ def collate(requests: Sequence[RolloutRequest], responses: Sequence[Response], t
         token_ends=ends.to(device),
         texts=texts,
         records=[request.record for request in requests],
+        prompt_ends=[prompts[id(request)] for request in requests],
     )

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from aapa_lightning.anchor.guard import measure
 from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
 from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.anchor.thinking import answer_start, answer_view
+from aapa_lightning.thinking import Thinking
+from aapa_lightning.types import Record
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,17 @@ def test_only_answers_are_scored_and_thinking_answers_for_them(make_rollouts, wo
         assert found.advantages[0, 0] != 0
     AnchorTerm(judge, score_thinking=True).signal(rollouts)
     assert judge.seen[0] == rollouts.texts[0]
+
+
+def test_the_guard_measures_answers(make_rollouts, word_judge):
+    texts = ["<think>hm hm. Hm.</think> One.", " One."]
+    both = []
+    for text in texts:
+        rollouts = make_rollouts([text], [0])
+        rollouts.records = [Record("p", experts=("<think>long, long</think>Five!",))]
+        both.append(measure(rollouts, AnchorTerm(word_judge()).signal(rollouts)))
+    for name in ("length_vs_expert", "length"):
+        assert both[0][name] == pytest.approx(both[1][name])
+    assert both[0]["length_vs_expert"] == 1.0
+    whole = make_rollouts(texts[:1], [0])
+    assert measure(whole, AnchorTerm(word_judge()).signal(whole), thinking=Thinking(True))["length"] > both[0]["length"]
