@@ -10,6 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from aapa_lightning.errors import AapaError, ConfigError
+
+#: Endings of files, which no name on the Hub is read as.
+_ENDINGS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pkl"} | {
+    ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".py"
+}  # fmt: skip
+
+
+def refuse_missing(name: str, expected: str, error: type[AapaError] = ConfigError) -> None:
+    """Raise ``error`` for what does not exist and is spelled like a path, so that it is never looked up on the Hub.
+
+    A path begins with ``.``, ``/`` or ``~``, ends with ``/``, has more than one slash, has the ending of a file, or names something in a
+    folder that is here.
+
+    Args:
+        name: a path or a Hub name.
+        expected: what was expected, for the message.
+        error: what to raise.
+    """
+    path = Path(name)
+    if path.exists():
+        return
+    inside = "/" in name and path.parent.is_dir()
+    if inside or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or path.suffix.lower() in _ENDINGS:
+        raise error(f"{name} does not exist; {expected}")
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:

@@ -158,12 +158,17 @@ def check_dataset(
 
 
 def _parsed(rows: Iterable[Callable[[], Record]], report: CheckReport, complain: Callable[[DataError], None]) -> Iterator[Record]:
-    for parse in rows:
-        report.rows += 1
-        try:
-            yield parse()
-        except DataError as error:
-            complain(error)
+    try:
+        for parse in rows:
+            report.rows += 1
+            try:
+                yield parse()
+            except DataError as error:
+                complain(error)
+    except DataError as error:  # of the file as a whole
+        if report.rows == 0:
+            raise
+        complain(error)
 
 
 class _Measure:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 
-from aapa_lightning.data.records import attach_experts, read_records, require_experts, split_records
+from aapa_lightning.data.inputs import as_records
+from aapa_lightning.data.records import require_experts, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
+
+#: A path or Hub name, records, rows, several paths; a ``datasets.Dataset`` too, whose type the command line need not know.
+Source = str | Path | Sequence[Record] | Sequence[Mapping[str, Any]] | Sequence[str]
 
 
 class AapaDataModule(L.LightningDataModule):
     """Prompts, expert responses and instructions for policy modules.
 
     Args:
-        train: training records: a JSONL or Parquet file, a folder or Hub name, or records.
+        train: training records: a JSONL or Parquet file, several of them, a folder or Hub name; or in Python records, rows
+            (dictionaries) or a ``datasets.Dataset``.
         val: validation records; None splits ``val_fraction`` of the prompts off ``train``.
         test: test records; None tests on the validation split.
         demonstrations: what is imitated (SFT, CHORD, UniAPL), or pairs; None takes ``train``.
@@ -32,13 +37,13 @@ class AapaDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Path | Sequence[Record] | None = None,
+        train: Source | None = None,
         *,
-        val: str | Path | Sequence[Record] | None = None,
-        test: str | Path | Sequence[Record] | None = None,
-        demonstrations: str | Path | Sequence[Record] | None = None,
-        golden: str | Path | Sequence[Record] | None = None,
-        golden_val: str | Path | Sequence[Record] | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        demonstrations: Source | None = None,
+        golden: Source | None = None,
+        golden_val: Source | None = None,
         experts: str | None = None,
         columns: dict[str, str] | None = None,
         missing_experts: Literal["error", "drop"] = "error",
@@ -66,13 +71,10 @@ class AapaDataModule(L.LightningDataModule):
             raise ConfigError("data.golden_val: expected `val` or `test` beside it, whose evaluation it joins, found neither")
         self._splits = splits
 
-    def _read(self, source: str | Path | Sequence[Record]) -> Sequence[Record]:
+    def _read(self, source: Source) -> Sequence[Record]:
+        records = as_records(source, columns=self._columns, experts=self._experts)
         if self._experts is None:
-            return read_records(str(source), columns=self._columns) if isinstance(source, str | Path) else source
-        if isinstance(source, str | Path):
-            records = read_records(str(source), experts=self._experts, columns=self._columns)
-        else:
-            records = attach_experts(source, self._experts)
+            return records
         if self._missing_experts == "drop":
             return [record for record in records if record.experts]
         require_experts(records, f"{self._experts} has no response to it (missing_experts: drop leaves such records out)")

@@ -8,11 +8,13 @@ IFEval             ``prompt``, ``instruction_id_list``, ``kwargs``, ``key``
 chat               ``messages``: a last assistant turn is the expert, the turns before it are the prompt
 TRL completion     ``prompt``, ``completion`` (text or chat turns): the completion is the expert
 TRL preference     ``prompt`` (may be left out), ``chosen``, ``rejected`` (text or chat turns); one of the two may stand alone
-labelled (KTO)     a completion or a chat with ``label`` true or false: the response is ``chosen`` or ``rejected``, not an expert
+labelled (KTO)     a completion or a chat with ``label`` true or false (1, 0, "True", "False"): the response is ``chosen`` or
+                   ``rejected``, not an expert
 RLVR               ``ground_truth`` beside a prompt: the constraints become instructions (``ground_truth.py``)
 =================  ========================================================================================================================
 
-Absent and null mean the same. A rejected response may be empty (a policy can answer nothing); all other text may not. Every column that
+Absent and null mean the same, in a row and in the objects inside it.
+A rejected response may be empty (a policy can answer nothing); all other text may not. Every column that
 is none of these goes to ``Record.extra``, and so do ``ground_truth`` and a ``label`` that is not true or false.
 """
 
@@ -55,12 +57,12 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
     Args:
         row: the columns.
         source: ``file:line`` or ``dataset:row``, named in every error.
-        columns: where a field has another name in this dataset: field to column, ``{"expert": "response"}``.
+        columns: where a field has another name in this dataset: field to column, ``{"expert": "response"}``; absent means null.
 
     Raises:
-        DataError: a field is missing, empty or of the wrong type, or a column of ``columns`` is missing.
+        DataError: a field is missing, empty or of the wrong type.
     """
-    fields = {name: value for name, value in _renamed(row, columns or {}, source).items() if value is not None}
+    fields = _without_nulls(_renamed(row, columns or {}), source)
     label = _label(fields)
     prompt, experts = _conversation(fields, source, may_be_empty=label is False)
     if label is None:
@@ -71,6 +73,7 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
         labelled, experts = next(iter(experts), None), ()
         chosen, rejected = (labelled, None) if label else (None, labelled)
     if prompt is None:
+        refuse_missing_columns(columns, list(row), source)
         raise DataError(
             f"{source}: no prompt; expected a column 'prompt' (text or chat turns) or 'messages', found columns {sorted(map(str, row))}"
         )
@@ -86,12 +89,30 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
     )
 
 
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], source: str) -> dict[str, Any]:
-    if missing := [column for column in columns.values() if column not in row]:
-        raise DataError(f"{source}: columns names {missing[0]!r}, found only {sorted(map(str, row))}")
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     taken = set(columns.values())
     kept = {name: value for name, value in row.items() if name not in taken}
-    return kept | {field: row[column] for field, column in columns.items()}
+    return kept | {field: row.get(column) for field, column in columns.items()}
+
+
+def refuse_missing_columns(columns: Mapping[str, str] | None, found: Sequence[str], source: str) -> None:
+    """Raise DataError for a name in ``columns`` that is not among the columns found."""
+    if missing := [name for name in (columns or {}).values() if name not in found]:
+        raise DataError(f"{source}: columns names {missing[0]!r}, found only {sorted(map(str, found))}")
+
+
+def _without_nulls(row: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The row without what is null, at any depth: Arrow fills an object's missing fields with nulls, JSON leaves them out."""
+    try:
+        return _present(row)
+    except RecursionError as error:
+        raise DataError(f"{source}: nested too deeply") from error
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _present(inner) for name, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _instructions(columns: dict[str, Any], source: str) -> tuple[Instruction, ...]:
@@ -108,9 +129,17 @@ def _instructions(columns: dict[str, Any], source: str) -> tuple[Instruction, ..
 def _label(columns: dict[str, Any]) -> bool | None:
     """Take a label of the row's response out of ``columns``; None where it labels no response, or is not true or false."""
     other = {"expert", "experts", "chosen", "rejected"} & columns.keys()
-    if other or not {"completion", "messages"} & columns.keys() or not isinstance(columns.get("label"), bool):
+    if other or not {"completion", "messages"} & columns.keys() or (label := parse_label(columns.get("label"))) is None:
         return None
-    return bool(columns.pop("label"))
+    del columns["label"]
+    return label
+
+
+def parse_label(value: Any) -> bool | None:
+    """True or false, also written as 1, 0, or text; None for everything else."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
 def _conversation(columns: dict[str, Any], source: str, *, may_be_empty: bool) -> tuple[str | Turns | None, tuple[str, ...]]:

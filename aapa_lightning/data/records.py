@@ -8,15 +8,18 @@ all).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from aapa_lightning.data.dialects import parse_record, prompt_hash, prompt_text
-from aapa_lightning.data.jsonl import IndexedLines, iter_lines, parse_line
+from aapa_lightning.data.dialects import parse_record, prompt_hash, prompt_text, refuse_missing_columns
+from aapa_lightning.data.jsonl import IndexedLines, iter_lines, may_stay_on_disk, parse_line
 from aapa_lightning.data.responses import Response, join_responses, read_responses
+from aapa_lightning.data.sources import JSON_SUFFIXES, json_files, open_dataset
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.types import Record
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
+    "JSON_SUFFIXES",
     "LazyRecords",
     "attach_experts",
     "parse_record",
@@ -35,8 +39,6 @@ __all__ = [
     "split_records",
     "take",
 ]
-
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 #: JSONL files up to this size, in bytes, are kept in memory, which is faster.
 IN_MEMORY = 16 * 2**20
@@ -98,32 +100,87 @@ def read_records(
         ConfigError: the path and the split contradict each other.
     """
     records: Sequence[Record]
-    if _is_json(path):
-        _refuse_split(path, split)
-        records = _jsonl_records(path, partial(_parsed_line, columns=columns))
+    files = json_files(path, split)
+    if files is not None:
+        parse = RowParser(columns)
+        records = joined_sequences([_jsonl_records(file, parse) for file in files])
+        parse.refuse_missing_columns()
     else:
         rows = open_dataset(path, split, columns)
-        records = LazyRecords(partial(_parsed, rows, path, columns), len(rows))
+        records = LazyRecords(partial(parsed_row, rows, path, columns), len(rows))
     if not records:
         raise DataError(f"{path} is empty; expected at least one record (one JSON object a line with 'prompt' or 'messages')")
     records[0]
     return attach_experts(records, experts) if experts else records
 
 
+class RowParser:
+    """Makes records of JSON lines, and remembers whether any row had the columns that are asked for.
+
+    Args:
+        columns: as of ``read_records``.
+    """
+
+    def __init__(self, columns: Mapping[str, str] | None) -> None:
+        self.columns = columns
+        self._unseen = set((columns or {}).values())
+        self._first: tuple[str, list[str]] | None = None
+
+    def __call__(self, source: str, line: bytes) -> Record:
+        """The record of a line. Raises DataError."""
+        row = parse_line(source, line)
+        if self._unseen:
+            self._unseen.difference_update(row)
+            self._first = self._first or (source, list(row))
+        return parse_record(row, source, self.columns)
+
+    def refuse_missing_columns(self) -> None:
+        """Raise DataError for a column that no row had: absent means null, but a column that is never there is misspelt."""
+        if self._first is not None and self._unseen:
+            source, found = self._first
+            refuse_missing_columns({name: name for name in sorted(self._unseen)}, found, source)
+
+
 def _jsonl_records(path: str, parse: Callable[[str, bytes], Record]) -> Sequence[Record]:
-    if not Path(path).is_file() or Path(path).stat().st_size <= IN_MEMORY:
+    if not may_stay_on_disk(path) or Path(path).stat().st_size <= IN_MEMORY:
         return [parse(source, line) for source, line in iter_lines(path)]
     lines = IndexedLines(path, parse)
     return LazyRecords(partial(_parsed_at, lines, parse), len(lines))
 
 
+def joined_sequences(parts: Sequence[Sequence[Record]]) -> Sequence[Record]:
+    """Several sequences as one, which stays on disk where one of them does."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, list) for part in parts):
+        return [record for part in parts for record in part]
+    ends = list(accumulate(map(len, parts)))
+    return LazyRecords(partial(_in_part, parts, ends), ends[-1] if ends else 0)
+
+
+def _in_part(parts: Sequence[Sequence[Record]], ends: Sequence[int], i: int) -> Record:
+    part = bisect_right(ends, i)
+    return parts[part][i - ends[part] + len(parts[part])]
+
+
 def row_parsers(path: str, *, split: str | None = None, columns: Mapping[str, str] | None = None) -> Iterable[Callable[[], Record]]:
-    """One call per row that makes its record or raises DataError: to look at every row, whatever is wrong with the others."""
-    if _is_json(path):
-        _refuse_split(path, split)
-        return (partial(_parsed_line, source, line, columns) for source, line in iter_lines(path))
+    """One call per row that makes its record or raises DataError: to look at every row, whatever is wrong with the others.
+
+    Raises:
+        DataError: from the iterator, what is wrong with the file, or with ``columns``, as a whole.
+    """
+    files = json_files(path, split)
+    if files is not None:
+        return _line_parsers(files, RowParser(columns))
     rows = open_dataset(path, split, columns)
-    return (partial(_parsed, rows, path, columns, i) for i in range(len(rows)))
+    return (partial(parsed_row, rows, path, columns, i) for i in range(len(rows)))
+
+
+def _line_parsers(files: Sequence[str], parse: RowParser) -> Iterator[Callable[[], Record]]:
+    for file in files:
+        for source, line in iter_lines(file):
+            yield partial(parse, source, line)
+    parse.refuse_missing_columns()
 
 
 def attach_experts(records: Sequence[Record], path: str) -> Sequence[Record]:
@@ -182,74 +239,12 @@ def require_experts(records: Sequence[Record], why: str) -> None:
             )
 
 
-def open_dataset(path: str, split: str | None, columns: Mapping[str, str] | None = None) -> Dataset:
-    """Open a Parquet file, a folder or a Hub dataset, memory-mapped; arguments as of ``read_records``. Raises DataError or ConfigError."""
-    import datasets
-
-    if Path(path).suffix == ".parquet":
-        _refuse_split(path, split)
-        rows = _loading(path, lambda: datasets.Dataset.from_parquet(str(path)))
-    elif Path(path).is_dir():
-        rows = _open_folder(path, split or "train")
-    else:
-        name, config, inner = _hub_name(path)
-        if inner and split and inner != split:
-            raise ConfigError(f"{path} names the split {inner!r} and split={split!r}; give one")
-        rows = _loading(path, lambda: datasets.load_dataset(name, config, split=inner or split or "train"))
-    if not {"prompt", "messages", "chosen"} & {*rows.column_names, *(columns or {})}:
-        raise DataError(f"{path}: expected a column 'prompt', 'messages' or 'chosen', found {sorted(rows.column_names)}")
-    return rows
-
-
-def _open_folder(path: str, split: str) -> Dataset:
-    import datasets
-
-    if not ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
-        return _loading(path, lambda: datasets.load_dataset(str(path), split=split))
-    saved = _loading(path, lambda: datasets.load_from_disk(str(path)))
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if split not in saved:
-        raise DataError(f"{path}: no split {split!r}; it has {sorted(saved)}")
-    return saved[split]
-
-
-def _loading(path: str, load: Callable[[], Dataset]) -> Dataset:
-    try:
-        return load()
-    except Exception as error:  # datasets raises its own, pyarrow's, fsspec's and the Hub client's errors
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DataError(
-            f"cannot open {path!r} ({cause}); expected a JSONL or Parquet file, a folder, or a Hub name name@config:split"
-        ) from error
-
-
-def _hub_name(path: str) -> tuple[str, str | None, str | None]:
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise DataError(f"{path} does not exist; expected a JSONL or Parquet file, a folder, or a Hub name name@config:split")
-    name, _, split = path.partition(":")
-    name, _, config = name.partition("@")
-    return name, config or None, split or None
-
-
-def _is_json(path: str) -> bool:
-    return Path(path).suffix in JSON_SUFFIXES
-
-
-def _refuse_split(path: str, split: str | None) -> None:
-    if split is not None:
-        raise ConfigError(f"{path} is one file and has no split {split!r}; leave split out, or give a folder or a Hub name")
-
-
-def _parsed_line(source: str, line: bytes, columns: Mapping[str, str] | None) -> Record:
-    return parse_record(parse_line(source, line), source, columns)
-
-
 def _parsed_at(lines: IndexedLines, parse: Callable[[str, bytes], Record], i: int) -> Record:
     return parse(*lines[i])
 
 
-def _parsed(rows: Dataset, path: str, columns: Mapping[str, str] | None, i: int) -> Record:
+def parsed_row(rows: Dataset, path: str, columns: Mapping[str, str] | None, i: int) -> Record:
+    """The record of a row of a table."""
     return parse_record(rows[i], f"{path}:row {i}", columns)
 
 

@@ -52,8 +52,8 @@ def test_a_pair_may_reject_silence():
         {"prompt": "Hi", "completion": "Hello."},
         {"prompt": "Hi", "completion": "Hello.", "label": None},
         {"prompt": "Hi", "completion": "Hello.", "label": "greeting"},
-        {"prompt": "Hi", "completion": "Hello.", "label": 1},
-        {"messages": [USER, REPLY], "label": 0},
+        {"prompt": "Hi", "completion": "Hello.", "label": 2},
+        {"messages": [USER, REPLY], "label": 0.5},
         {"prompt": "Hi", "expert": "Hello.", "label": True},
     ],
 )
