@@ -10,17 +10,22 @@ from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.plan import WindowPlan
 
 
-def rewind_progress(checkpoint: dict[str, Any], accumulate: int) -> None:
+def rewind_progress(checkpoint: dict[str, Any], accumulate: int, epoch: float | None = None) -> None:
     """Move the saved loop counters back to the last optimiser step.
 
     A checkpoint taken in the middle of an accumulation (or of a step, by an exception) holds the weights of the last optimiser step, but
     not the gradients gathered since; its micro-steps must be repeated, or they would be lost.
+
+    Args:
+        checkpoint: what is being saved.
+        accumulate: micro-steps of an optimiser step.
+        epoch: micro-steps of an epoch, where ``accumulate`` need not divide them: the last one ends with a step.
     """
     epoch_loop = _epoch_loop(checkpoint)
     if epoch_loop is None:
         return
     progress, current = epoch_loop["batch_progress"], epoch_loop["batch_progress"]["current"]
-    extra = current["processed"] % accumulate
+    extra = 0 if current["processed"] == epoch else current["processed"] % accumulate
     if not extra and current["ready"] == current["processed"]:
         return
     for counts in (progress["total"], current):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -29,6 +28,7 @@ from aapa_lightning.anchor.training import (
 from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.metrics.functional.discrimination import Judged, calibration_error, discrimination
 from aapa_lightning.modules.discriminator_data import DiscriminatorData
+from aapa_lightning.modules.epochs import ResumableEpochs
 
 #: Share of the training sentences that score below the floor given to responses of which nothing is seen.
 FLOOR_QUANTILE = 0.01
@@ -36,7 +36,7 @@ FLOOR_QUANTILE = 0.01
 SELECTED_BY = {"cross_entropy": "sentence_auroc", "bradley_terry": "paired_accuracy"}
 
 
-class DiscriminatorModule(LightningModule):
+class DiscriminatorModule(ResumableEpochs):
     """Trains a head that tells expert sentences from others, on embeddings of a frozen encoder computed once.
 
     Binary cross-entropy, in which classes weigh the same, and so do responses; or Bradley-Terry over the pairs of an expert's and another
@@ -107,6 +107,7 @@ class DiscriminatorModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         data = self._data()
         self._check_prompt(data)
         device = self.trainer.strategy.root_device
@@ -150,7 +151,14 @@ class DiscriminatorModule(LightningModule):
             )
 
     @override
+    def training_plan(self) -> dict[str, Any]:
+        data = self._data()
+        own = {"loss": self.loss, "seed": self.seed}
+        return own | {"batch_size": data.batch_size, "data.seed": data.seed, "examples": data.fingerprint()[:12]}
+
+    @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seed_step()
         examples = self.encoded["train"]
         responses = batch.cpu()
         rows, place = examples.sentences_of(responses)
@@ -161,17 +169,26 @@ class DiscriminatorModule(LightningModule):
             loss = bradley_terry_loss(logits, place, labels, groups, weights, self.label_smoothing)
         else:
             loss = discriminator_loss(logits, place, labels, weights, self.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(responses))
+        self.add_loss(loss, len(responses))
         return loss
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log_dict(self.judge(), batch_size=len(batch))
+
+    @override
+    def judge(self) -> dict[str, float]:
+        """Held-out figures; the head is kept where it is the best so far."""
+        if "val" not in self.encoded:
+            return {}
         figures = self._measure("val", resamples=0)
-        self.log_dict({f"val/{name}": value for name, value in figures.items()}, batch_size=len(batch))
         score = figures.get(self._selected_by)
-        if score is not None and not self.trainer.sanity_checking and (self._best is None or score > self._best["score"]):
-            state = {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
-            self._best = {"score": score, "epoch": self.current_epoch, "head": state}
+        if not self.trainer.sanity_checking:
+            self.note_judgement()
+            if score is not None and (self._best is None or score > self._best["score"]):
+                state = {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
+                self._best = {"score": score, "epoch": self.current_epoch, "head": state}
+        return {f"val/{name}": value for name, value in figures.items()}
 
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -239,10 +256,12 @@ class DiscriminatorModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["discriminator"] = self._best
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self._best = checkpoint["discriminator"]
 
     def discriminator(self) -> EncoderHeadDiscriminator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,63 @@ from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.examples import Example, build_examples
 from aapa_lightning.data.records import attach_experts, prompt_hash, read_records, split_records
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.seeds import derive_seed
 from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
+
+
+class ShuffledBatches:
+    """Batches of places in another order every epoch; a sized, plain iterable whose position is read, never stored.
+
+    Args:
+        units: what is shuffled: places int64 ``[n]`` that belong together, ``U`` of them.
+        size: units in a batch.
+        seed: of the orders.
+        rank: this process; each takes its turn at the batches of an epoch, and the first ones fill up the last turn.
+        world_size: number of processes.
+        position: epoch, and number of its batches that this process has had; read when an iteration starts.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Tensor] | Tensor,
+        size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        self.units, self.size, self.seed = units, size, seed
+        self.rank, self.world_size, self.position = rank, world_size, position
+
+    def __len__(self) -> int:
+        """Batches of one epoch for each process."""
+        return math.ceil(self._count / self.world_size)
+
+    @property
+    def _count(self) -> int:
+        return math.ceil(len(self.units) / self.size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        epoch, start = self.position()
+        order = self.order(epoch)
+        for number in range(start, len(self)):
+            first = (number * self.world_size + self.rank) % self._count * self.size
+            yield torch.cat([self.units[i] for i in order[first : first + self.size]])
+
+    def order(self, epoch: int) -> list[int]:
+        """The units in the order of an epoch, a pure function of seed and epoch."""
+        generator = torch.Generator().manual_seed(derive_seed("discriminator order", self.seed, epoch))
+        order: list[int] = torch.randperm(len(self.units), generator=generator).tolist()
+        return order
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing, since the position is read. A Trainer warns that loaders without this method do not resume."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Nothing to do."""
 
 
 class DiscriminatorData(LightningDataModule):
@@ -101,13 +158,25 @@ class DiscriminatorData(LightningDataModule):
         return build_examples(records, negatives, other_prompts=self.other_prompts, seed=self.seed)
 
     @override
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        options: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+    def train_dataloader(self) -> ShuffledBatches:
+        trainer: Any = self.trainer
+        options: dict[str, Any] = {"seed": self.seed}
+        if trainer is not None:
+            options |= {"rank": trainer.global_rank, "world_size": trainer.world_size, "position": lambda: place_in_epoch(trainer)}
         if not self.whole_prompts:
-            return _loader(len(self.examples["train"]), self.batch_size, **options)
+            return ShuffledBatches(torch.arange(len(self.examples["train"]))[:, None], self.batch_size, **options)
         prompts = paired_prompts(self.examples["train"])
         count = max(1, round(self.batch_size * len(prompts) / sum(map(len, prompts))))
-        return DataLoader(prompts, count, collate_fn=torch.cat, **options)  # type: ignore[arg-type]  # a list is a map-style dataset
+        return ShuffledBatches(prompts, count, **options)
+
+    def fingerprint(self) -> str:
+        """Equal for equal examples in the same order, of all splits that are set up."""
+        digest = hashlib.sha256()
+        for split, examples in sorted(self.examples.items()):
+            for example in examples:
+                row = (split, prompt_hash(example.record.prompt), example.kind, example.text)
+                digest.update(repr(row).encode(errors="surrogatepass"))
+        return digest.hexdigest()
 
     @override
     def val_dataloader(self) -> DataLoader[Tensor] | list[Tensor]:
@@ -119,11 +188,18 @@ class DiscriminatorData(LightningDataModule):
 
     def _whole(self, name: str) -> DataLoader[Tensor]:
         """One batch: figures such as an AUROC are of all examples together."""
-        return _loader(len(self.examples[name]), len(self.examples[name]))
+        size = len(self.examples[name])
+        return DataLoader(range(size), size)  # type: ignore[arg-type]  # a range is a map-style dataset, collated to a tensor
 
 
-def _loader(size: int, batch_size: int, **options: Any) -> DataLoader[Tensor]:
-    return DataLoader(range(size), batch_size, **options)  # type: ignore[arg-type]  # a range is a map-style dataset, collated to a tensor
+def place_in_epoch(trainer: Any) -> tuple[int, int]:
+    """Epoch, and number of its batches on this rank that are done, by the optimiser steps that a run has taken.
+
+    Lightning ends an epoch with an optimiser step, however few of its micro-steps are left.
+    """
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    epoch, step = divmod(trainer.global_step, math.ceil(batches / accumulate))
+    return epoch, step * accumulate
 
 
 def paired_prompts(examples: Sequence[Example]) -> list[Tensor]:

@@ -174,6 +174,7 @@ def test_a_batch_holds_whole_prompts(files):
     assert sum(map(len, owners)) == len(set().union(*owners)) == 25
     everything = torch.cat(batches).tolist()
     assert sorted(everything) == [i for i, example in enumerate(examples) if int(example.record.prompt[9:-1]) < 25]
+    loader.position = lambda: (1, 0)
     assert everything != torch.cat(list(loader)).tolist()  # another order every epoch
 
 
