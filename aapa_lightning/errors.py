@@ -56,3 +56,15 @@ def in_one_line(error: BaseException) -> str:
     """Kind and text of another library's error, short enough for a message of ours."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as a message shows it, whatever it is: at most ``limit`` characters and no control characters.
+
+    >>> shown([1] * 100, 9)
+    '[1, 1, 1,'
+    """
+    try:
+        return repr(value[:limit] if isinstance(value, str) else value)[:limit]
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
+        return f"a value of type {type(value).__name__} that is too large to show"

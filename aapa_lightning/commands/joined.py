@@ -10,7 +10,7 @@ from aapa_lightning.data.fields import text
 from aapa_lightning.data.jsonl import iter_lines, parse_line
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.data.responses import Response, parse_response
-from aapa_lightning.errors import DataError
+from aapa_lightning.errors import DataError, shown
 from aapa_lightning.types import Record
 
 
@@ -60,7 +60,7 @@ class PromptIndex:
             first = self._by_key.setdefault(text(record.key, "key", record.source), i)
             if first != i:
                 raise DataError(
-                    f"{record.source}: key {record.key!r} is already that of {records[first].source}; expected one record a key, "
+                    f"{record.source}: key {shown(record.key)} is already that of {records[first].source}; expected one record a key, "
                     "remove one or rename it"
                 )
 
@@ -74,14 +74,14 @@ class PromptIndex:
             return self._of_prompt(response)
         if response.key not in self._by_key:
             raise DataError(
-                f"{response.source}: no prompt has the key {response.key!r}; expected {self._expected()}; check that both files belong to "
-                "the same dataset, or remove the row"
+                f"{response.source}: no prompt has the key {shown(response.key)}; expected {self._expected()}; check that both files "
+                "belong to the same dataset, or remove the row"
             )
         found = self._by_key[response.key]
         if response.prompt_hash not in (None, self._hashes[found]):
             raise DataError(
-                f"{response.source}: key {response.key!r} is that of {self.records[found].source}, but the prompts differ; the response "
-                "answers another dataset: use its own prompts file"
+                f"{response.source}: key {shown(response.key)} is that of {self.records[found].source}, but the prompts differ; the "
+                "response answers another dataset: use its own prompts file"
             )
         return found
 
@@ -100,7 +100,7 @@ class PromptIndex:
         keys = list(self._by_key)
         if not keys:
             return "responses without keys, since the prompts have none (give the responses a column 'prompt')"
-        return f"one of {len(keys)} keys such as {keys[0]!r}"
+        return f"one of {len(keys)} keys such as {shown(keys[0])}"
 
 
 def read_answers(path: str, index: PromptIndex) -> Iterator[Answer]:
@@ -127,7 +127,7 @@ def read_answers(path: str, index: PromptIndex) -> Iterator[Answer]:
         record, line = index.records[position], int(source.rpartition(":")[2])
         first = seen.setdefault((position, response.sample, response.temperature), line)
         if first != line:
-            named = f"key {response.key!r}" if response.key is not None else f"the prompt of {record.source}"
+            named = f"key {shown(response.key)}" if response.key is not None else f"the prompt of {record.source}"
             raise DataError(
                 f"{source}: {named} is already answered in line {first}; expected one response a key (several need different values of "
                 "'sample' or 'temperature'): remove one"

@@ -28,7 +28,7 @@ from typing import Any
 
 from aapa_lightning.data.fields import Turns, parse_instructions, parse_prompt, parse_turns, scalar_key, text
 from aapa_lightning.data.ground_truth import ground_truth_instructions
-from aapa_lightning.errors import DataError
+from aapa_lightning.errors import DataError, shown
 from aapa_lightning.types import Instruction, Message, Record
 
 
@@ -75,7 +75,8 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
     if prompt is None:
         refuse_missing_columns(columns, list(row), source)
         raise DataError(
-            f"{source}: no prompt; expected a column 'prompt' (text or chat turns) or 'messages', found columns {sorted(map(str, row))}"
+            f"{source}: no prompt; expected a column 'prompt' (text or chat turns) or 'messages', found columns "
+            f"{shown(sorted(map(str, row)), 400)}"
         )
     return Record(
         prompt=prompt,
@@ -98,7 +99,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 def refuse_missing_columns(columns: Mapping[str, str] | None, found: Sequence[str], source: str) -> None:
     """Raise DataError for a name in ``columns`` that is not among the columns found."""
     if missing := [name for name in (columns or {}).values() if name not in found]:
-        raise DataError(f"{source}: columns names {missing[0]!r}, found only {sorted(map(str, found))}")
+        raise DataError(f"{source}: columns names {missing[0]!r}, found only {shown(sorted(map(str, found)), 400)}")
 
 
 def _without_nulls(row: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aapa_lightning.data.counts import LARGEST, is_count
 from aapa_lightning.data.fields import paired_instructions
-from aapa_lightning.errors import DataError
+from aapa_lightning.errors import DataError, shown
 from aapa_lightning.types import Instruction
 
 #: Longest ``ground_truth`` text that is read, in characters; a prompt to be repeated stands in it.
@@ -47,7 +48,7 @@ _SAME: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def _tenth(count: int) -> int:
-    return max(round(count * 0.1), 1)
+    return max(round(count * 0.1), 1)  # as the verifier rounds; counts are small
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def ground_truth_instructions(value: Any, source: str) -> tuple[Instruction, ...
         return None
     for i, spec in enumerate(specs):
         if not _is_spec(spec):
-            raise DataError(f"{source}: 'ground_truth[{i}]' must be an object with 'func_name' or 'instruction_id', found {spec!r:.80}")
+            raise DataError(f"{source}: 'ground_truth[{i}]' must be an object with 'func_name' or 'instruction_id', found {shown(spec)}")
     return tuple(instruction for spec in specs for instruction in _constraints(spec, source))
 
 
@@ -117,7 +118,7 @@ def _read(value: str, source: str) -> Any:
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise DataError(
             f"{source}: 'ground_truth' is neither JSON nor a Python literal ({type(error).__name__}); expected an object with "
-            f"'func_name', or a list of objects with 'instruction_id' and 'kwargs', found {value!r:.80}"
+            f"'func_name', or a list of objects with 'instruction_id' and 'kwargs', found {shown(value)}"
         ) from error
 
 
@@ -127,7 +128,7 @@ def _constraints(spec: Mapping[str, Any], source: str) -> Iterable[Instruction]:
         return [Instruction(_ALIASES.get(instruction.id, instruction.id), instruction.kwargs) for instruction in found]
     name = spec["func_name"]
     if not isinstance(name, str) or not name:
-        raise DataError(f"{source}: 'ground_truth': 'func_name' must be the name of a function, found {name!r:.80}")
+        raise DataError(f"{source}: 'ground_truth': 'func_name' must be the name of a function, found {shown(name)}")
     arguments = {argument: value for argument, value in spec.items() if argument != "func_name" and value is not None}
     if name in _SAME:
         id_, names = _SAME[name]
@@ -139,9 +140,9 @@ def _constraints(spec: Mapping[str, Any], source: str) -> Iterable[Instruction]:
 
 def _counted(form: _Counted, arguments: Mapping[str, Any], what: str) -> list[Instruction]:
     """One or two bounds on a count; none where the quantifier has no equivalent."""
-    count = arguments.get("N")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise DataError(f"{what} needs 'N', a whole number, 0 or more; found {count!r:.80}")
+    count: Any = arguments.get("N")
+    if not is_count(count):
+        raise DataError(f"{what} needs 'N', a whole number, 0 or more; found {shown(count)} (at most {LARGEST})")
     names = dict(form.names)
     rest = {names.get(argument, argument): value for argument, value in arguments.items() if argument not in ("N", "quantifier")}
     bounds = _bounds(arguments.get("quantifier"), count, form.around)

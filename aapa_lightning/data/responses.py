@@ -17,7 +17,7 @@ from typing import Any
 from aapa_lightning.data.dialects import prompt_hash
 from aapa_lightning.data.fields import parse_prompt, scalar_key, text
 from aapa_lightning.data.jsonl import iter_lines, parse_line
-from aapa_lightning.errors import DataError
+from aapa_lightning.errors import DataError, shown
 from aapa_lightning.types import Record
 
 
@@ -52,7 +52,7 @@ def parse_response(row: Mapping[str, Any], source: str) -> Response:
     """Validate one row. Raises DataError that names ``source``."""
     columns = {name: value for name, value in row.items() if value is not None}
     if "response" not in columns:
-        raise DataError(f"{source}: no response; expected a column 'response', found columns {sorted(map(str, row))}")
+        raise DataError(f"{source}: no response; expected a column 'response', found columns {shown(sorted(map(str, row)), 400)}")
     key = scalar_key(columns.pop("key", None), source)
     prompt = parse_prompt(columns.pop("prompt"), source) if "prompt" in columns else None
     if key is None and prompt is None:
@@ -109,14 +109,14 @@ def join_responses(records: Sequence[Record], responses: Iterable[Response]) -> 
         for i in by_its_key or by_prompt.get(response.prompt_hash or "", []):
             if response.prompt_hash not in (None, hashes[i]):
                 raise DataError(
-                    f"{response.source}: key {response.key!r} is also that of {records[i].source}, but the prompts differ; "
+                    f"{response.source}: key {shown(response.key)} is also that of {records[i].source}, but the prompts differ; "
                     "the file answers another dataset: remove the keys or make them unique"
                 )
             joined[i].append(response)
     if first is not None and not any(joined):
         raise DataError(
             f"{first.source}: no response matches a record by key or prompt; expected keys such as {_example_key(by_key)}, "
-            f"found {first.key!r}; check that both files belong to the same dataset"
+            f"found {shown(first.key)}; check that both files belong to the same dataset"
         )
     return joined
 
@@ -127,7 +127,7 @@ def _example_key(by_key: Mapping[str, Any]) -> str:
 
 def _typed(value: Any, kind: type[int], what: str, expected: str, source: str) -> Any:
     if type(value) is not kind or not -(2**63) <= value < 2**63:  # Parquet holds no more
-        raise DataError(f"{source}: '{what}' must be {expected}, found {value!r:.80}")
+        raise DataError(f"{source}: '{what}' must be {expected}, found {shown(value)}")
     return value
 
 
@@ -139,5 +139,5 @@ def _number(value: Any, what: str, source: str) -> float | None:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise DataError(f"{source}: '{what}' must be a finite number, found {value!r:.80}")
+        raise DataError(f"{source}: '{what}' must be a finite number, found {shown(value)}")
     return number

@@ -13,10 +13,18 @@ from aapa_lightning.data.dialects import prompt_hash
 from aapa_lightning.data.fields import parse_prompt, scalar_key
 from aapa_lightning.data.jsonl import iter_lines, parse_line
 from aapa_lightning.data.responses import Response
-from aapa_lightning.errors import DataError, choose
+from aapa_lightning.errors import DataError, choose, shown
+
+
+def _mean(values: Sequence[float]) -> float:
+    try:
+        return fmean(values)
+    except OverflowError:  # of their sum, not of their mean
+        return sum(value / len(values) for value in values)
+
 
 #: What becomes of a list, such as the verdicts on several instructions; ``min`` of verdicts is 1 where all are true.
-REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {"mean": fmean, "min": min}
+REDUCERS: dict[str, Callable[[Sequence[float]], float]] = {"mean": _mean, "min": min}
 
 _LABELS = ("line", "key", "prompt", "sample", "temperature")
 
@@ -54,16 +62,17 @@ def response_score(response: Response, column: str, reduce: str = "mean") -> flo
         ConfigError: an unknown ``reduce``.
     """
     reducer = choose(REDUCERS, reduce, "reduce")
-    value = response.extra.get(column)
+    own = {name: getattr(response, name) for name in ("temperature", "sample", "truncated")}
+    value = response.extra.get(column, own.get(column))
     if value is None:
         raise DataError(
-            f"{response.source}: no score; expected a column {column!r}, found {sorted(response.extra)}; name one of them, or the "
-            "file with the scores"
+            f"{response.source}: no score; expected a column {column!r}, found {shown(sorted(response.extra), 400)}; name one of them, or "
+            "the file with the scores"
         )
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(item, int | float) and _finite(item) for item in values):
         raise DataError(
-            f"{response.source}: {column!r} must be a finite number, true or false, or a list of them (not empty), found {value!r:.80}"
+            f"{response.source}: {column!r} must be a finite number, true or false, or a list of them (not empty), found {shown(value)}"
         )
     return float(reducer(values))
 
@@ -93,8 +102,8 @@ def _with_columns(response: Response, row: Mapping[str, Any], source: str) -> Re
     for name, value in labels.items():
         if own[name] is not None and own[name] != value:
             raise DataError(
-                f"{source}: the {name} differs from that of {response.source}: expected {own[name]!r}, found {value!r:.80}; both files "
-                "must have their rows in one order: score that file again"
+                f"{source}: the {name} differs from that of {response.source}: expected {shown(own[name])}, found {shown(value)}; both "
+                "files must have their rows in one order: score that file again"
             )
     columns = {name: value for name, value in row.items() if name not in _LABELS}
     return replace(response, extra={**response.extra, **columns})

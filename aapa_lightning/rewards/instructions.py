@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aapa_lightning.errors import DataError
+from aapa_lightning.data import counts
+from aapa_lightning.errors import DataError, shown
 from aapa_lightning.rewards import checks
 from aapa_lightning.rewards.language import languages
 from aapa_lightning.types import Instruction
@@ -33,15 +34,11 @@ class Argument:
     holds: Callable[[Any], bool]
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-COUNT = Argument("a whole number, 0 or more", _is_count)
+COUNT = Argument(counts.COUNT, counts.is_count)
 RELATION = Argument(f"one of {', '.join(RELATIONS)}", lambda value: value in RELATIONS)
 TEXT = Argument("text", _is_text)
 TEXTS = Argument("a list of texts", lambda value: isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value)))
@@ -93,16 +90,18 @@ def validate_instruction(instruction: Instruction, source: str) -> None:
     """Raise DataError when the identifier is unknown, or an argument is missing, unknown or malformed."""
     check = CHECKS.get(instruction.id)
     if check is None:
-        raise DataError(f"{source}: unknown instruction {instruction.id!r}; expected one of {', '.join(sorted(CHECKS))}")
+        raise DataError(f"{source}: unknown instruction {shown(instruction.id)}; expected one of {', '.join(sorted(CHECKS))}")
     if unknown := instruction.kwargs.keys() - check.arguments.keys():
-        raise DataError(f"{source}: {instruction.id!r} takes {sorted(check.arguments)}, found {sorted(map(str, unknown))}")
+        found = sorted(name if isinstance(name, str) else shown(name) for name in unknown)
+        raise DataError(f"{source}: {instruction.id!r} takes {sorted(check.arguments)}, found {shown(found, 200)}")
     for name, argument in check.arguments.items():
         if name not in instruction.kwargs:
             raise DataError(
-                f"{source}: {instruction.id!r} needs the argument {name!r} ({argument.expected}); found {dict(instruction.kwargs)}"
+                f"{source}: {instruction.id!r} needs the argument {name!r} ({argument.expected}); found "
+                f"{shown(dict(instruction.kwargs), 200)}"
             )
         if not argument.holds(value := instruction.kwargs[name]):
-            raise DataError(f"{source}: {instruction.id!r}: {name!r} must be {argument.expected}, found {value!r}")
+            raise DataError(f"{source}: {instruction.id!r}: {name!r} must be {argument.expected}, found {shown(value)}")
 
 
 def follows(instruction: Instruction, response: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.errors import ConfigError, DataError, shown
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.instructions import CHECKS, follows, follows_loosely, validate_instruction
 from aapa_lightning.thinking import ScoreThinking
@@ -97,7 +97,7 @@ class InstructionReward(Reward):
         if not isinstance(values, list | tuple) or len(values) != number or not all(map(_is_weight, values)) or not any(values):
             raise DataError(
                 f"{record.source}: reward {self.name!r} needs a column {column!r} with {number} numbers, one for each instruction, 0 or "
-                f"more and not all 0; found {values!r}"
+                f"more and not all 0; found {shown(values)}"
             )
         return list(map(float, values))
 

@@ -206,3 +206,32 @@ def test_check_counts_what_cannot_be_verified(tmp_path):
     assert f"{path}:3: 'startend:end_checker' needs the argument 'end_phrase'" in report.errors[0]
     assert "rows with an instruction that no check knows: 2" in "\n".join(report.lines())
     assert report.to_dict()["unverifiable"] == 2
+
+
+HOSTILE_NUMBERS = [10**400, -(10**400), 10**9 + 1, -1, 1.5, float("inf"), True, None, "7", [7], {"n": 7}, 1e300]
+
+
+@pytest.mark.parametrize("quantifier", ["around", "at least", "at most", "less than", None])
+@pytest.mark.parametrize("name", ["validate_word_constraint", "verify_sentence_constraint", "validate_frequency_capital_words"])
+def test_numbers_that_are_no_counts_are_malformed(name, quantifier):
+    for number in HOSTILE_NUMBERS:
+        value = {"func_name": name, "N": number, "quantifier": quantifier}
+        for spelt in (value, repr(value), repr([value])):
+            with pytest.raises(DataError, match=r"^f:1: .*") as caught:
+                ground_truth_instructions(spelt, "f:1")
+            assert len(str(caught.value)) < 400
+
+
+def test_numbers_that_cannot_be_written_are_named():
+    """Python reads a hexadecimal number of any length and refuses to print it."""
+    for number in ("0x" + "f" * 20_000, "-0x" + "f" * 20_000):
+        with pytest.raises(DataError, match="too large to show"):
+            ground_truth_instructions("{'func_name': 'validate_word_constraint', 'quantifier': 'around', 'N': " + number + "}", "f:1")
+
+
+def test_check_goes_on_after_a_number_of_400_digits(tmp_path):
+    path = tmp_path / "d.jsonl"
+    truths = [rlvr("validate_word_constraint", N=10**400, quantifier="around"), rlvr("validate_title")]
+    path.write_text("".join(json.dumps(row(truth)) + "\n" for truth in truths))
+    report = check_dataset(str(path))
+    assert (report.rows, report.valid, report.error_count) == (2, 1, 1)

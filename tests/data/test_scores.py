@@ -98,3 +98,13 @@ def test_another_number_of_rows_or_another_key(tmp_path, responses):
         attach_scores(responses, write(tmp_path / "s.jsonl", [{"key": 1, "score": 0}]))
     with pytest.raises(DataError, match=r"s\.jsonl:1: the key differs from that of .*r\.jsonl:1: expected '1', found '2'"):
         attach_scores(responses, write(tmp_path / "s.jsonl", [{"key": 2, "score": 0}, {"key": 2, "score": 0}]))
+
+
+def test_numbers_near_the_largest_have_a_mean(tmp_path):
+    assert score_of(tmp_path, [1.7e308, 1.7e308]) == pytest.approx(1.7e308)
+
+
+def test_columns_of_every_row_are_scores_too(tmp_path):
+    row = {"key": 1, "response": "a", "temperature": 0.7, "sample": 3, "truncated": True}
+    (answered,) = read_responses(write(tmp_path / "r.jsonl", [row]))
+    assert [response_score(answered, name) for name in ("temperature", "sample", "truncated")] == [0.7, 3.0, 1.0]

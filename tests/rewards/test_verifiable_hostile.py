@@ -133,3 +133,57 @@ def test_a_reward_of_hostile_responses():
     scores = InstructionReward(mode="fraction", verdicts="loose")(["\x00", "\ud800\n\ud800", "[" * 1_000_000, ""], [record] * 4)
     assert scores[-1] == 0
     assert all(0 <= score < 1 for score in scores)
+
+
+def deep(levels=2000):
+    value = "x"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+ARGUMENTS = [
+    10**400,
+    16**9000,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    "",
+    "\ud800",
+    b"x",
+    1j,
+    ...,
+    [],
+    [1],
+    {"a": 1},
+    {1},
+    deep(),
+    "x" * 10**7,
+]
+
+
+def complaint(instruction):
+    try:
+        validate_instruction(instruction, "f:1")
+    except DataError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_any_argument_is_right_or_malformed(name):
+    """Of every instruction, each argument in turn is anything at all: a verdict, or a DataError that is short."""
+    right = {"keywords": ["a"], "forbidden_words": ["a"], "letter": "a", "language": "en"}
+    for argument in (*CHECKS[name].arguments, "other"):
+        for value in ARGUMENTS:
+            kwargs = {key: right.get(key, "at least" if "relation" in key else "a") for key in CHECKS[name].arguments}
+            kwargs |= {key: 1 for key, kind in CHECKS[name].arguments.items() if kind.expected.startswith("a whole number")}
+            instruction = Instruction(name, kwargs | {argument: value})
+            error = complaint(instruction)
+            if error is None:
+                assert follows(instruction, "A a.") in (True, False)
+            else:
+                assert len(error.encode()) < 1000
