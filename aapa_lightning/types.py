@@ -8,17 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
 
 
 class Message(TypedDict):
-    """One turn of a chat."""
+    """One turn of a chat. Every other field of the turn that chat templates may read stands beside these as it was given."""
 
     role: str
     content: str
+    weight: NotRequired[int]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+
+
+class Reply(str):
+    """A response's text that was a chat turn with more fields than its content, such as ``reasoning_content`` or ``tool_calls``.
+
+    Args:
+        text: what judges, rewards and comparisons read.
+        turn: the assistant's turn, for chat templates.
+    """
+
+    turn: Message
+
+    def __new__(cls, text: str, turn: Message) -> Self:
+        """The text, which remembers its turn."""
+        self = super().__new__(cls, text)
+        self.turn = turn
+        return self
+
+    def __reduce__(self) -> tuple[type[Reply], tuple[str, Message]]:
+        """How a copy is made."""
+        return Reply, (str(self), self.turn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
 from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.onednn import use_onednn
+from aapa_lightning.data.control_tokens import encode_batch, marked
 from aapa_lightning.data.records import prompt_text
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
@@ -93,9 +94,11 @@ class SequenceClassifierDiscriminator(Discriminator):
         """Log-odds float32 ``[S]``: every sentence of a response gets the response's own score."""
         texts = [self._fill(text, record) for text, record in zip(responses, records, strict=True)]
         scores = torch.zeros(len(texts), device=self.model.device)
-        rows = self.tokenizer(texts, truncation=True, max_length=self.max_length) if texts else {"input_ids": []}
-        for batch in self._batches([len(ids) for ids in rows["input_ids"]]):
-            chosen = {name: [values[i] for i in batch] for name, values in rows.items()}
+        encoded = encode_batch(self.tokenizer, texts, add_special_tokens=True, max_length=self.max_length)
+        rows = {"input_ids": [row.ids for row in encoded], "token_type_ids": [row.types for row in encoded]}
+        names = [name for name in rows if name in self.tokenizer.model_input_names]
+        for batch in self._batches([len(row.ids) for row in encoded]):
+            chosen = {name: [rows[name][i] for i in batch] for name in names}
             inputs = self.tokenizer.pad(chosen, padding=True, return_tensors="pt").to(self.model.device)
             logits = self.model(**inputs).logits.float()
             scores[batch] = logits[:, -1] - (logits[:, 0] if logits.shape[-1] == 2 else 0.0)
@@ -114,9 +117,10 @@ class SequenceClassifierDiscriminator(Discriminator):
             yield batch
 
     def _fill(self, response: str, record: Record) -> str:
-        values = {"prompt": prompt_text(record.prompt), "response": response}
+        parts = {"prompt": prompt_text(record.prompt), "response": response}
         if self.needs_experts:
-            values["reference"] = pick_reference(response, record, strict=False)
+            parts["reference"] = pick_reference(response, record, strict=False)
+        values = {name: marked(self.tokenizer, part) for name, part in parts.items()}
         # one pass: text that happens to hold "{response}" is not filled in again
         return _FIELD.sub(lambda match: values[match.group(1)], self.template)
 

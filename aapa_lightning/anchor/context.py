@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aapa_lightning.anchor.segment import Span
+from aapa_lightning.data.chat import apply_template, chat_turns
+from aapa_lightning.data.control_tokens import Encoded, encode_batch, marked, unmarked
 from aapa_lightning.data.records import prompt_text
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Message
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding as TokenEncoding
 
 Prompt = str | tuple[Message, ...]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -83,7 +83,7 @@ class ContextTokenizer:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], char_spans: Sequence[Sequence[Span]]) -> list[ContextRow]:
         """Rows of ``N`` responses; sentences are numbered through in order of response, then position."""
         texts = [_SURROGATE.sub("\ufffd", text) for text in responses]
-        encoded = self._backend.encode_batch(texts, add_special_tokens=False)
+        encoded = encode_batch(self.tokenizer, [marked(self.tokenizer, text) for text in texts], add_special_tokens=False)
         prompt_ids = self._prompt_ids(prompts) if self.encoding.prompt else [[] for _ in texts]
         rows, first = [], 0
         for ids, response, text, spans in zip(prompt_ids, encoded, texts, char_spans, strict=True):
@@ -92,23 +92,31 @@ class ContextTokenizer:
         return rows
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as the encoder reads it."""
+        """The prompt as the encoder reads it, marked (``control_tokens.py``). Raises ConfigError when its chat template refuses it."""
         if not (self.causal and self.tokenizer.chat_template):
-            return prompt_text(prompt)
-        turns: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if self.encoding.system_prompt is not None:
-            turns = [{"role": "system", "content": self.encoding.system_prompt}, *turns]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self.encoding.chat_template_kwargs)
+            return marked(self.tokenizer, _SURROGATE.sub("\ufffd", prompt_text(prompt)))
+        from jinja2 import TemplateError
+
+        turns = chat_turns(prompt, self.encoding.system_prompt)
+        try:
+            text = apply_template(self.tokenizer, turns, self.encoding.chat_template_kwargs, generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ConfigError(
+                f"the encoder's chat template refuses a prompt of the turns ({roles}): {unmarked(str(error))}; expected an encoder with "
+                "the policy's template"
+            ) from error
+        return _SURROGATE.sub("\ufffd", text)
 
     def _prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        texts = [_SURROGATE.sub("\ufffd", self.render(prompt)) for prompt in prompts]
+        texts = [self.render(prompt) for prompt in prompts]
         unique = list(dict.fromkeys(texts))
         # a chat template writes its special tokens itself
-        encoded = self._backend.encode_batch(unique, add_special_tokens=self.causal and not self.tokenizer.chat_template)
+        encoded = encode_batch(self.tokenizer, unique, add_special_tokens=self.causal and not self.tokenizer.chat_template)
         table = {text: row.ids for text, row in zip(unique, encoded, strict=True)}
         return [table[text] for text in texts]
 
-    def _row(self, prompt_ids: list[int], response: TokenEncoding, text: str, starts: list[int], first: int) -> ContextRow:
+    def _row(self, prompt_ids: list[int], response: Encoded, text: str, starts: list[int], first: int) -> ContextRow:
         room = self.max_length - len(self._before) - len(self._between) - len(self._after)
         prompt_kept = min(len(prompt_ids), max(room - len(response.ids), self.max_length // 4))
         kept = min(len(response.ids), room - prompt_kept)

@@ -18,6 +18,7 @@ from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.reference_text import Wrapper, polar_text, template_text
 from aapa_lightning.anchor.server import ScoreServer
 from aapa_lightning.anchor.value_model import ValueModel, load_tokenizer, reward_token_id, vocabulary
+from aapa_lightning.data.control_tokens import broken_up
 from aapa_lightning.errors import ConfigError, DataError, choose
 from aapa_lightning.files import write_json
 from aapa_lightning.thinking import Thinking
@@ -203,7 +204,8 @@ class RewardModelDiscriminator(Discriminator):
         return template_text(settings["template"], *parts, **limits)
 
     def _scores(self, texts: list[str], where: list[str]) -> Tensor:
-        if self.server is not None:
+        if self.server is not None:  # it tokenises the text itself
+            texts = [broken_up(text) for text in texts]
             return torch.tensor(self.server.scores(texts, where, self.settings["model"]), dtype=torch.float32)
         scores = self.local.scores(texts, where)
         bad = (~scores.isfinite()).nonzero().flatten().tolist()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from aapa_lightning.data.control_tokens import encode, marked
 from aapa_lightning.data.records import prompt_text
 from aapa_lightning.types import Message
 
@@ -47,13 +48,17 @@ def polar_text(
         max_tokens: limit of the whole, 4 of which are kept for marks and newlines.
         max_response_tokens: limit of reference and of candidate; with the special tokens that the tokenizer adds.
         wrapper: ``sft`` puts a newline between prompt and response, ``pretrain`` nothing.
+
+    Returns:
+        The text, marked (``aapa_lightning.data.control_tokens``): ``encode`` or ``broken_up`` reads it.
     """
     prompt_ids, reference_ids, candidate_ids = (_encode(tokenizer, part) for part in (prompt, reference, candidate))
     reference_ids, candidate_ids = reference_ids[:max_response_tokens], candidate_ids[:max_response_tokens]
     room = max(0, (max_tokens - _OVERHEAD - len(reference_ids) - len(candidate_ids)) // 2)
     prompt_ids = prompt_ids[max(0, len(prompt_ids) - room) :]
     before, expert, response = (
-        _without_marks(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt_ids, reference_ids, candidate_ids)
+        marked(tokenizer, _without_marks(tokenizer.decode(ids, skip_special_tokens=True)))
+        for ids in (prompt_ids, reference_ids, candidate_ids)
     )
     if wrapper == "sft":
         before += "\n"
@@ -72,7 +77,7 @@ def template_text(
 ) -> str:
     """A template with ``{prompt}``, ``{reference}`` and ``{response}`` filled in; parts that are too long are cut as by ``polar_text``.
 
-    A part that fits is left exactly as it is.
+    A part that fits is left exactly as it is. The text is marked: what its parts spell is text, what the template writes may be a token.
     """
     used = len(tokenizer(_FIELD.sub("", template), truncation=False, verbose=False)["input_ids"])
     values = {}
@@ -95,10 +100,10 @@ def _encode(tokenizer: Any, part: Text) -> list[int]:
 
 
 def _kept(tokenizer: Any, part: Text, kept: slice, limit: int) -> tuple[str, int]:
-    """The part, or what a cut leaves of it, and its length in tokens."""
-    text = _plain(part)
-    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    return (text, len(ids)) if len(ids) <= limit else (tokenizer.decode(ids[kept]), limit)
+    """The part, or what a cut leaves of it, marked, and its length in tokens."""
+    text = marked(tokenizer, _plain(part))
+    ids = encode(tokenizer, text).ids
+    return (text, len(ids)) if len(ids) <= limit else (marked(tokenizer, tokenizer.decode(ids[kept])), limit)
 
 
 def _without_marks(text: str) -> str:

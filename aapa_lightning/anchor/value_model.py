@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.reference_text import REWARD_TOKEN
+from aapa_lightning.data.control_tokens import encode_batch
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.types import pad_right
 
@@ -51,13 +52,13 @@ class ValueModel:
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str], where: Sequence[str]) -> Tensor:
-        """Score ``N`` texts: float32 ``[N]`` on the model's device, the same whatever texts come with them.
+        """Score ``N`` marked texts (``reference_text.py``): float32 ``[N]`` on the model's device, the same whatever texts come with them.
 
         Raises:
             ConfigError: the model's output is not one value for a text or a token.
             DataError: a text is longer than the model's positions; names the record.
         """
-        rows = [self._cut(ids) for ids in self.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]]
+        rows = [self._cut(row.ids) for row in encode_batch(self.tokenizer, texts, add_special_tokens=True)]
         for ids, name in zip(rows, where, strict=True):
             if self.max_tokens is not None and len(ids) > self.max_tokens:
                 raise DataError(f"{name}: {len(ids)} tokens, but {self.path} has {self.max_tokens} positions; lower max_tokens")

@@ -3,7 +3,7 @@
 =================  ========================================================================================================================
 dialect            columns
 =================  ========================================================================================================================
-native             ``prompt`` (text or chat turns), ``expert`` (text or list of texts), ``instructions``, ``chosen``, ``rejected``, ``key``
+native             ``prompt`` (text or chat turns), ``expert`` (text or a list), ``instructions``, ``chosen``, ``rejected``, ``key``
 IFEval             ``prompt``, ``instruction_id_list``, ``kwargs``, ``key``
 chat               ``messages``: a last assistant turn is the expert, the turns before it are the prompt
 TRL completion     ``prompt``, ``completion`` (text or chat turns): the completion is the expert
@@ -13,9 +13,10 @@ labelled (KTO)     a completion or a chat with ``label`` true or false (1, 0, "T
 RLVR               ``ground_truth`` beside a prompt: the constraints become instructions (``ground_truth.py``)
 =================  ========================================================================================================================
 
-Absent and null mean the same, in a row and in the objects inside it.
-A rejected response may be empty (a policy can answer nothing); all other text may not. Every column that
-is none of these goes to ``Record.extra``, and so do ``ground_truth`` and a ``label`` that is not true or false.
+Fields of chat turns other than role and content stay with the turn, for chat templates; so do the columns ``tools`` and
+``chat_template_kwargs``, in ``Record.extra``. Absent and null mean the same, in a row and in the objects inside it. A rejected response
+may be empty (a policy can answer nothing), and so may a turn that calls tools; all other text may not. Every column that is none of these
+goes to ``Record.extra``, and so do ``ground_truth`` and a ``label`` that is not true or false.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any
 
-from aapa_lightning.data.fields import Turns, parse_instructions, parse_prompt, parse_turns, scalar_key, text
+from aapa_lightning.data.fields import (
+    Turns,
+    parse_instructions,
+    parse_prompt,
+    parse_template_columns,
+    parse_turns,
+    reply_of,
+    scalar_key,
+    text,
+    without_nulls,
+)
 from aapa_lightning.data.ground_truth import ground_truth_instructions
 from aapa_lightning.errors import DataError, shown
 from aapa_lightning.types import Instruction, Message, Record
@@ -34,14 +45,14 @@ from aapa_lightning.types import Instruction, Message, Record
 
 def prompt_hash(prompt: str | Sequence[Message]) -> str:
     """SHA-256 (hex) of the prompt as canonical JSON. A chat of one user turn hashes as its text: both are the same prompt."""
-    canonical: str | list[dict[str, str]]
+    canonical: str | list[dict[str, Any]]
     if isinstance(prompt, str):
         canonical = prompt
-    elif len(prompt) == 1 and prompt[0]["role"] == "user":
+    elif len(prompt) == 1 and prompt[0]["role"] == "user" and prompt[0].keys() <= {"role", "content", "weight"}:
         canonical = prompt[0]["content"]
     else:
-        canonical = [{"content": turn["content"], "role": turn["role"]} for turn in prompt]
-    return hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
+        canonical = [{name: value for name, value in sorted(turn.items()) if name != "weight"} for turn in prompt]
+    return hashlib.sha256(json.dumps(canonical, default=str).encode()).hexdigest()
 
 
 def prompt_text(prompt: str | Sequence[Message]) -> str:
@@ -64,6 +75,7 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
     """
     fields = _without_nulls(_renamed(row, columns or {}), source)
     label = _label(fields)
+    parse_template_columns(fields, source)
     prompt, experts = _conversation(fields, source, may_be_empty=label is False)
     if label is None:
         prompt, chosen, rejected = _pair(fields, prompt, source)
@@ -105,15 +117,9 @@ def refuse_missing_columns(columns: Mapping[str, str] | None, found: Sequence[st
 def _without_nulls(row: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The row without what is null, at any depth: Arrow fills an object's missing fields with nulls, JSON leaves them out."""
     try:
-        return _present(row)
+        return dict(without_nulls(row))
     except RecursionError as error:
         raise DataError(f"{source}: nested too deeply") from error
-
-
-def _present(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _present(inner) for name, inner in value.items() if inner is not None}
-    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _instructions(columns: dict[str, Any], source: str) -> tuple[Instruction, ...]:
@@ -162,7 +168,7 @@ def _conversation(columns: dict[str, Any], source: str, *, may_be_empty: bool) -
         return prompt, (text(completion, "completion", source, allow_empty=may_be_empty),)
     turns = _responding(completion, "completion", source, may_be_empty=may_be_empty)
     if len(turns) == 1:
-        return prompt, (turns[0]["content"],)
+        return prompt, (reply_of(turns[0]),)
     return _last_turn(_as_turns(prompt) + turns, source)
 
 
@@ -173,7 +179,7 @@ def _as_turns(prompt: str | Turns) -> Turns:
 def _last_turn(turns: Turns, source: str) -> tuple[Turns, tuple[str, ...]]:
     if len(turns) < 2:
         raise DataError(f"{source}: the conversation has an assistant turn and no prompt before it")
-    return turns[:-1], (turns[-1]["content"],)
+    return turns[:-1], (reply_of(turns[-1]),)
 
 
 def _experts(value: Any, source: str) -> tuple[str, ...]:
@@ -181,7 +187,14 @@ def _experts(value: Any, source: str) -> tuple[str, ...]:
         return (text(value, "expert", source),)
     if not isinstance(value, Sequence):
         raise DataError(f"{source}: 'expert' must be text or a list of texts, found {type(value).__name__}")
-    return tuple(text(expert, f"expert[{i}]", source) for i, expert in enumerate(value))
+    return tuple(_expert(expert, f"expert[{i}]", source) for i, expert in enumerate(value))
+
+
+def _expert(value: Any, what: str, source: str) -> str:
+    """An expert response: text, or the assistant's turn."""
+    if not isinstance(value, Mapping):
+        return text(value, what, source)
+    return reply_of(_responding([value], what, source, may_be_empty=False)[0])
 
 
 def _responding(value: Any, name: str, source: str, *, may_be_empty: bool) -> Turns:
@@ -226,4 +239,4 @@ def _last_turns(prompt: str | Turns | None, sides: dict[str, Turns], source: str
             prompt = before
         elif before and before != _as_turns(prompt):
             raise DataError(f"{source}: the turns before the response in '{name}' are not those of 'prompt'; drop them or make them equal")
-    return prompt, {name: turns[-1]["content"] for name, turns in sides.items()}
+    return prompt, {name: reply_of(turns[-1]) for name, turns in sides.items()}

@@ -4,7 +4,9 @@ Rules:
 
 - SFT and RL see the same prompt: ``encode_demonstration(...).input_ids`` begins with ``encode_prompt(...)``, token by token.
 - The response is what a policy generates after that prompt: the template's rendering of the assistant's turn after the generation prompt,
-  ended by exactly one EOS, which is a response token. What a template writes after its EOS (a line break) is dropped.
+  ended by exactly one EOS, which is a response token. What a template writes after its first EOS (a line break, another EOS, the next
+  generation prompt) is dropped.
+- Text is text: a control token that a prompt or a response spells becomes ordinary tokens, and only a template writes control tokens.
 - Masks come from construction (lengths and character offsets), never from token ids; the padding token may be the EOS token.
 - BOS is written once: by the template, or by us where there is no template and the tokenizer wants one.
 """
@@ -15,7 +17,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response, tokens_of, uses_template
+from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response, uses_template
+from aapa_lightning.data.control_tokens import Encoded, encode
+from aapa_lightning.data.fields import turn_of
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.errors import DataError
@@ -65,7 +69,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: Promp
         DataError: the prompt does not fit the template, or is a chat and there is no template.
         ConfigError: the format demands a template that the tokenizer lacks.
     """
-    return _encode_prompt(tokenizer, record, fmt)[1]
+    return _encode_prompt(tokenizer, record, fmt)[2]
 
 
 def encode_demonstration(
@@ -76,33 +80,32 @@ def encode_demonstration(
     Args:
         tokenizer: a Hugging Face tokenizer.
         record: gives the prompt.
-        expert: the response to imitate (or of a pair).
+        expert: the response to imitate (or of a pair); a ``Reply`` gives the template its whole turn.
         fmt: template, limits, turns to learn.
         eos_token_id: ends the response; with a template, the token that ends its assistant turns (``end_of_turn_id``).
         name: what the response is, for error messages.
 
     Returns:
         ``input_ids`` = ``encode_prompt`` + response + EOS; the mask is true on the response and its EOS, and with ``assistant_turns="all"``
-        on the prompt's assistant turns.
+        on the prompt's assistant turns. Turns of ``weight`` 0 are not learned.
 
     Raises:
         OverlongError: the prompt or the response is over its limit.
-        DataError: as ``encode_prompt``, or the EOS occurs inside the response's text.
-        ConfigError: the template renders a conversation that does not begin with its own generation prompt.
+        DataError: as ``encode_prompt``, or every turn has weight 0.
+        ConfigError: the template renders a conversation that does not begin with its own generation prompt, or loses the response.
     """
-    prompt, prompt_ids = _encode_prompt(tokenizer, record, fmt)
+    prompt, encoded, prompt_ids = _encode_prompt(tokenizer, record, fmt)
     response = render_response(tokenizer, record, expert, prompt, fmt, eos_token_id)
     response_ids = [*_continue(tokenizer, prompt, prompt_ids, response, fmt), eos_token_id]
-    if eos_token_id in response_ids[:-1]:
-        raise DataError(
-            f"{record.source}: the {name} holds the end-of-sequence token {tokenizer.decode([eos_token_id])!r} as text; remove it"
-        )
     if len(response_ids) > fmt.max_response_tokens:
         raise _overlong(record, name, len(response_ids), "max_response_tokens", fmt.max_response_tokens)
     learned = [False] * len(prompt_ids)
     if fmt.assistant_turns == "all" and not isinstance(record.prompt, str):
-        learned = assistant_mask(tokenizer, record, prompt, prompt_ids, fmt, eos_token_id)
-    return Demonstration(prompt_ids + response_ids, learned + [True] * len(response_ids), record)
+        learned = assistant_mask(tokenizer, record, prompt, encoded, fmt, eos_token_id)
+    learned += [turn_of(expert).get("weight", 1) != 0] * len(response_ids)
+    if not any(learned):
+        raise DataError(f"{record.source}: the {name} has weight 0, so nothing of the row is learned; leave it out, or give it weight 1")
+    return Demonstration(prompt_ids + response_ids, learned, record)
 
 
 def fit_lengths(
@@ -149,30 +152,29 @@ def fit_lengths(
     return take(records, kept)
 
 
-def _encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: PromptFormat) -> tuple[str, list[int]]:
-    """Text and tokens of a prompt."""
+def _encode_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: PromptFormat) -> tuple[str, Encoded, list[int]]:
+    """Text of a prompt, its tokens with their offsets, and its ids, which begin with a BOS where no template writes it."""
     text = render_prompt(tokenizer, record, fmt)
-    ids = _tokens_with_bos(tokenizer, text, fmt)
+    encoded = encode(tokenizer, text)
+    ids = _with_bos(tokenizer, encoded.ids, fmt)
     if not ids:
         raise DataError(f"{record.source}: the prompt has no tokens")
     if len(ids) > fmt.max_prompt_tokens:
         raise _overlong(record, "prompt", len(ids), "max_prompt_tokens", fmt.max_prompt_tokens)
-    return text, ids
+    return text, encoded, ids
 
 
-def _tokens_with_bos(tokenizer: PreTrainedTokenizerBase, text: str, fmt: PromptFormat) -> list[int]:
-    """Tokens of a text, after a BOS where no template writes it, the tokenizer wants one and the text does not spell it."""
-    ids = tokens_of(tokenizer, text)
+def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], fmt: PromptFormat) -> list[int]:
+    """Tokens after a BOS where no template writes it and the tokenizer wants one."""
     bos = tokenizer.bos_token_id
-    if not uses_template(tokenizer, fmt) and isinstance(bos, int) and tokenizer("")["input_ids"][:1] == [bos] and ids[:1] != [bos]:
-        ids.insert(0, bos)
-    return ids
+    wanted = not uses_template(tokenizer, fmt) and isinstance(bos, int) and tokenizer("")["input_ids"][:1] == [bos]
+    return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
 def _continue(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], response: str, fmt: PromptFormat) -> list[int]:
     """Tokens of the response: in context if the prompt keeps its tokens there (SentencePiece marks the start of a text), else alone."""
-    whole = _tokens_with_bos(tokenizer, prompt + response, fmt)
-    return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else tokens_of(tokenizer, response)
+    whole = _with_bos(tokenizer, encode(tokenizer, prompt + response).ids, fmt)
+    return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else encode(tokenizer, response).ids
 
 
 def _overlong(record: Record, what: str, found: int, option: str, limit: int) -> OverlongError:

@@ -13,7 +13,7 @@ Overlong = Literal["error", "drop"]
 AssistantTurns = Literal["last", "all"]
 
 #: Arguments of ``apply_chat_template`` that the encoder sets itself.
-_RESERVED = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_assistant_tokens_mask"}
+RESERVED = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_assistant_tokens_mask"}
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ class PromptFormat:
         for name in ("max_prompt_tokens", "max_response_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if reserved := _RESERVED & self.chat_template_kwargs.keys():
+        if reserved := RESERVED & self.chat_template_kwargs.keys():
             raise ConfigError(f"chat_template_kwargs cannot set {sorted(reserved)}: the encoder does; give options of the template only")

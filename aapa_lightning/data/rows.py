@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aapa_lightning.data.fields import turn_of
 from aapa_lightning.data.ground_truth import ground_truth_instructions
 from aapa_lightning.data.jsonl import write_jsonl
 from aapa_lightning.data.responses import Response
 from aapa_lightning.errors import DataError
-from aapa_lightning.types import Record
+from aapa_lightning.types import Record, Reply
 
 
 def record_row(record: Record) -> dict[str, Any]:
@@ -20,12 +21,18 @@ def record_row(record: Record) -> dict[str, Any]:
     row["prompt"] = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
     # Written even when empty where another column would be read in its place.
     if record.experts or {"completion", "messages"} & extra.keys():
-        row["expert"] = list(record.experts)
+        row["expert"] = [turn_of(expert) if isinstance(expert, Reply) else expert for expert in record.experts]
     in_ground_truth = ground_truth_instructions(extra.get("ground_truth"), record.source) is not None
     if not in_ground_truth and (record.instructions or "instruction_id_list" in extra):
         row["instructions"] = [{"id": instruction.id, "kwargs": dict(instruction.kwargs)} for instruction in record.instructions]
-    row |= {name: value for name in ("chosen", "rejected") if (value := getattr(record, name)) is not None}
-    return {**row, **extra}
+    return {**row, **_sides(record), **extra}
+
+
+def _sides(record: Record) -> dict[str, Any]:
+    """Chosen and rejected: texts, or both as turns where one has more than its content."""
+    sides = {name: value for name in ("chosen", "rejected") if (value := getattr(record, name)) is not None}
+    as_turns = any(isinstance(value, Reply) for value in sides.values())
+    return {name: [turn_of(value)] if as_turns else value for name, value in sides.items()}
 
 
 def answer_row(record: Record, response: Response) -> dict[str, Any]:

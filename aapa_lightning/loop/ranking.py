@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aapa_lightning.anchor.polar import answer_of
 from aapa_lightning.anchor.reference_text import template_text
+from aapa_lightning.data.control_tokens import encode
 from aapa_lightning.data.records import take
 from aapa_lightning.errors import ConfigError, DataError, choose
 from aapa_lightning.loop.classifier import padding_id
@@ -59,7 +60,7 @@ class PairEncoder:
         self.limits = {"max_tokens": max_tokens, "max_response_tokens": max_response_tokens}
 
     def text(self, record: Record, response: str, *, whole: bool = False) -> str:
-        """The input; ``whole`` cuts nothing."""
+        """The input, marked (``aapa_lightning.data.control_tokens``); ``whole`` cuts nothing."""
         limits = dict.fromkeys(self.limits, 2**31) if whole else self.limits
         return template_text(self.template, record.prompt, "", answer_of(response), self.tokenizer, **limits)
 
@@ -70,7 +71,7 @@ class PairEncoder:
 
     def _ids(self, record: Record, response: str | None) -> list[int]:
         text = self.text(record, response or "")
-        ids = list(self.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+        ids = encode(self.tokenizer, text, add_special_tokens=True).ids
         if not ids:
             raise DataError(f"{record.source}: the reward model's input has no tokens; expected text around {{response}} in the template")
         return ids

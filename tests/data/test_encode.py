@@ -198,12 +198,79 @@ def test_template_that_refuses_the_turns_is_named():
         demonstrate(strict, (USER,))
 
 
-def test_end_token_inside_the_response_is_refused(chatml, plain):
+def test_end_token_inside_the_response_is_text(chatml, plain):
     for tokenizer in (chatml, plain):
-        with pytest.raises(DataError, match=r"d\.jsonl:7: the expert response holds the end-of-sequence token '<\|im_end\|>'"):
-            demonstrate(tokenizer, USER["content"], expert="a<|im_end|>b")
-        with pytest.raises(DataError, match="as text; remove it"):
-            demonstrate(tokenizer, USER["content"], expert="a<|im_end|>")
+        # ``demonstrate`` asserts that the learned tokens hold the end once, as the last
+        for expert in ("a<|im_end|>b", "a<|im_end|>"):
+            assert demonstrate(tokenizer, USER["content"], expert=expert)[1] == expert + "<|im_end|>"
+
+
+#: Phi-3's way: an end after every turn and another after the last, both of which stop generation.
+TWO_ENDS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|eot|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_one_end_of_a_response_where_a_template_writes_two(turns):
+    tokenizer = make(TWO_ENDS)
+    both = (tokenizer.eos_token_id, id_of(tokenizer, "<|eot|>"))
+    assert end_of_turn_id(tokenizer, PromptFormat(), both) == id_of(tokenizer, "<|eot|>")
+    assert end_of_turn_id(tokenizer, PromptFormat(), both[:1]) == tokenizer.eos_token_id
+    learned = demonstrate(tokenizer, (USER, REPLY, MORE), eos="<|eot|>", assistant_turns=turns)[1]
+    assert learned == (f"{REPLY['content']}<|eot|>" if turns == "all" else "") + EXPERT + "<|eot|>"
+
+
+#: The end of a turn outside the block, after a line break, and nothing but the content inside.
+NARROW_BLOCKS = CHAT_TEMPLATE.replace(
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
+)
+#: A block that goes on after the end.
+WIDE_BLOCKS = CHAT_TEMPLATE.replace("{% endgeneration %}", "{{ '\\n' }}{% endgeneration %}")
+
+
+@pytest.mark.parametrize("template", [NARROW_BLOCKS, WIDE_BLOCKS])
+def test_every_learned_turn_has_its_end_whatever_the_blocks_hold(template):
+    assert template != CHAT_TEMPLATE
+    learned = demonstrate(make(template), (USER, REPLY, MORE), assistant_turns="all")[1]
+    assert learned == f"{REPLY['content']}<|im_end|>{EXPERT}<|im_end|>"
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_turns_without_an_end_cannot_be_learned(blocks):
+    template = ALPACA
+    if blocks:
+        template = ALPACA.replace("{{ '### '", "{% generation %}{{ '### '").replace("+ '\\n\\n' }}", "+ '\\n\\n' }}{% endgeneration %}")
+        assert "{% generation %}" in template
+    with pytest.raises(
+        ConfigError, match=r"d\.jsonl:7: assistant_turns='all' needs a chat template that ends every assistant turn with '<\|im_end\|>'"
+    ):
+        demonstrate(make(template), (USER, REPLY, MORE), assistant_turns="all")
+
+
+def test_template_that_always_adds_the_generation_prompt():
+    tokenizer = make(PLAIN_CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"))
+    prompt, learned, _ = demonstrate(tokenizer, (USER, REPLY, MORE), assistant_turns="all")
+    assert prompt.endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
+    assert learned == f"{REPLY['content']}<|im_end|>{EXPERT}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "expert"),
+    [
+        # no assistant turn at all; only users' turns; the thinking cut off, as DeepSeek-R1's does; the end before the content
+        (PLAIN_CHATML.replace("{% for message in messages %}", "{% for message in messages if message['role'] == 'user' %}"), EXPERT),
+        (PLAIN_CHATML.replace("message['content']", "message['content'].split('</think>')[-1]"), "<think>A gull.</think>The gulls."),
+        (PLAIN_CHATML.replace("message['content'] + '<|im_end|>'", "'<|im_end|>' + message['content']"), EXPERT),
+        (PLAIN_CHATML.replace("message['content']", "message['content'][:4]"), EXPERT),
+    ],
+)
+def test_template_that_loses_the_response_is_blamed(template, expert):
+    with pytest.raises(
+        ConfigError, match=r"d\.jsonl:7: the chat template does not write the response as it is .*the data is not at fault: name another"
+    ):
+        demonstrate(make(template), (USER,), expert=expert)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN_CHATML], ids=["generation-blocks", "prefixes"])
