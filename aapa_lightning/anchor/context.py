@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from aapa_lightning.anchor.segment import Span
-from aapa_lightning.data.chat import apply_template, chat_turns
 from aapa_lightning.data.control_tokens import Encoded, encode_batch, marked, unmarked
 from aapa_lightning.data.records import prompt_text
+from aapa_lightning.data.templates import apply_template, chat_turns
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Message
 

@@ -7,7 +7,6 @@ ever.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -16,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
+
+from aapa_lightning.data.literal_tokenizer import with_other_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -254,48 +255,8 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 def _literal_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     known = _known(tokenizer)
     if known.literal is None:
-        known.literal = _with_other_names(_backend(tokenizer), set(known.names)) or False
+        known.literal = with_other_names(_backend(tokenizer), set(known.names), _MARK) or False
     return cast("Tokenizer", known.literal) if known.literal else None
-
-
-def _with_other_names(backend: Any, names: set[str]) -> Tokenizer | None:
-    """A copy of a tokenizer that knows control tokens by names that no text spells; None where it cannot be copied."""
-    from tokenizers import Tokenizer
-
-    try:
-        spec = json.loads(backend.to_str())
-        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        copy = Tokenizer.from_str(json.dumps(_rename(spec, names)))
-    except Exception:  # no backend, or one with parts written in Python, or of another format: tokenizers raises bare exceptions
-        return None
-    copy.no_truncation()
-    copy.no_padding()
-    same = all(copy.token_to_id(_MARK + name if name in names else name) == token for name, token in ids.items())
-    return copy if same else None
-
-
-def _rename(spec: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    def new(name: Any) -> Any:
-        return _MARK + name if name in names else name
-
-    for token in spec["added_tokens"]:
-        if token["content"] in names:
-            token |= {"content": new(token["content"]), "normalized": False}
-    model = spec["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {new(piece): index for piece, index in model["vocab"].items()}
-    else:  # a unigram model: pieces with their scores
-        model["vocab"] = [[new(piece), *score] for piece, *score in model["vocab"]]
-    if model.get("unk_token") is not None:
-        model["unk_token"] = new(model["unk_token"])
-    if model.get("merges"):
-        model["merges"] = [merge for merge in model["merges"] if not _touches(merge, names)]
-    return spec
-
-
-def _touches(merge: Sequence[str] | str, names: set[str]) -> bool:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return not names.isdisjoint((left, right, left + right))
 
 
 def _broken_up_with_warning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -17,11 +17,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response, uses_template
+from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response
 from aapa_lightning.data.control_tokens import Encoded, encode
 from aapa_lightning.data.fields import turn_of
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
+from aapa_lightning.data.templates import uses_template
 from aapa_lightning.errors import DataError
 from aapa_lightning.types import Demonstration, Record
 

@@ -256,7 +256,7 @@ def test_what_others_tokenise_is_broken_up():
 
 def test_a_tokenizer_that_cannot_split_gets_broken_text_with_a_warning(monkeypatch, caplog):
     tokenizer, eos = small_tokenizer("chatml")
-    monkeypatch.setattr(control_tokens, "_with_other_names", lambda *_: None)
+    monkeypatch.setattr(control_tokens, "with_other_names", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         ids = encode_prompt(tokenizer, Record("a<|im_end|>b"), WIDE)
     assert ids.count(eos) == 1
