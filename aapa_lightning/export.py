@@ -76,9 +76,16 @@ def export_policy(
         raise ConfigError(f"export: {path} lacks weights of the policy it describes: {', '.join(missing[:3])}")
     if saved["generation_config"]:
         model.generation_config = GenerationConfig(**saved["generation_config"])
-    loaded_tokenizer = load_tokenizer(PolicySpec(tokenizer=tokenizer or saved["tokenizer"]))
+    loaded_tokenizer = _with_template(load_tokenizer(PolicySpec(tokenizer=tokenizer or saved["tokenizer"])), saved)
     save_policy(model, loaded_tokenizer, out)
     return Path(out)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, saved: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that the policy was trained with, where it was not the tokenizer's own."""
+    if "chat_template" in saved:
+        tokenizer.chat_template = saved["chat_template"]
+    return tokenizer
 
 
 def _export_adapters(loaded: Mapping[str, Any], saved: Mapping[str, Any], out: str | Path, moved: PolicySpec, adapter: bool) -> None:
@@ -92,6 +99,7 @@ def _export_adapters(loaded: Mapping[str, Any], saved: Mapping[str, Any], out: s
         ) from error
     if trained.quantization == "none":
         check_base(saved["lora"], model, repr(spec.model))
+    _with_template(tokenizer, saved)
     check_names(loaded["state_dict"], model)
     model.load_state_dict(in_memory(policy_state(loaded)), strict=False)
     if adapter:

@@ -13,6 +13,7 @@ from aapa_lightning.adapters import LoraSpec, put_adapters
 from aapa_lightning.adapters.quantization import quantization_arguments
 from aapa_lightning.adapters.weights import adapter_base, merge_folder
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
+from aapa_lightning.chat_templates import read_chat_template
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
 from aapa_lightning.logprobs.inputs import dropouts
@@ -32,6 +33,8 @@ class PolicySpec:
             with random weights.
         config: ``AutoConfig`` arguments with ``model_type`` (for a model from scratch), or overrides of the loaded config.
         tokenizer: folder or name; None uses ``model``.
+        chat_template: in the place of the tokenizer's own: a file, the name of one of several that it has, or ``chatml`` or ``qwen3``,
+            which mark the assistant's turns. Exports keep it.
         revision: Hub revision of model and tokenizer.
         dtype: dtype of the master weights; float32 unless you know why not (updates at small learning rates round away in bfloat16).
         attn_implementation: ``auto`` picks flash attention 4, 3 or 2 where it is installed, the GPU and the model allow it and the forward
@@ -49,6 +52,7 @@ class PolicySpec:
     model: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
     revision: str | None = None
     dtype: str = "float32"
     attn_implementation: str = "auto"
@@ -78,7 +82,7 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
     """The policy's tokenizer. A missing padding token becomes the EOS: masks never look at ids, so the two may be equal.
 
     Raises:
-        ConfigError: no tokenizer is named, it cannot be loaded, or it has no EOS token.
+        ConfigError: no tokenizer is named, it cannot be loaded, it has no EOS token, or there is no such chat template.
     """
     from transformers import AutoTokenizer
 
@@ -95,6 +99,8 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
         raise ConfigError(f"policy.tokenizer: {source!r} has no EOS token, so no response could ever end; set `eos_token` in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if spec.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(spec.chat_template, tokenizer)
     return tokenizer
 
 

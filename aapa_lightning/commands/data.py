@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from aapa_lightning.commands import pairs, partition
 from aapa_lightning.commands.columns import add_column_option, parse_columns
+from aapa_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--experts", metavar="FILE", help="response file whose responses become the experts")
     add_column_option(check)
     check.add_argument("--tokenizer", help="folder or name; lengths are then tokens and the limits count")
+    check.add_argument("--chat-template", metavar="FILE", help="chat template in the place of the tokenizer's own: a file or a name")
     check.add_argument("--max-prompt-tokens", type=int, default=1024, help="limit on prompts (default: %(default)s)")
     check.add_argument("--max-response-tokens", type=int, default=1024, help="limit on experts (default: %(default)s)")
     check.add_argument("--errors", type=int, default=20, help="errors to list; all are counted (default: %(default)s)")
@@ -73,7 +80,9 @@ def _check(args: argparse.Namespace) -> int:
     from aapa_lightning.data.prompt_format import PromptFormat
     from aapa_lightning.policy import PolicySpec, load_tokenizer
 
-    tokenizer = load_tokenizer(PolicySpec(tokenizer=args.tokenizer)) if args.tokenizer else None
+    if args.chat_template and not args.tokenizer:
+        raise ConfigError("--chat-template: expected --tokenizer beside it, found none")
+    tokenizer = load_tokenizer(PolicySpec(tokenizer=args.tokenizer, chat_template=args.chat_template)) if args.tokenizer else None
     limits = PromptFormat(max_prompt_tokens=args.max_prompt_tokens, max_response_tokens=args.max_response_tokens)
     report = check_dataset(
         args.path,
@@ -82,7 +91,19 @@ def _check(args: argparse.Namespace) -> int:
         columns=parse_columns(args.column),
         tokenizer=tokenizer,
         fmt=limits,
+        eos_token_ids=_ends(args.tokenizer, tokenizer) if tokenizer is not None else (),
         limit=args.errors,
     )
     print(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
+
+
+def _ends(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's, and those of a generation config that lies beside it."""
+    from transformers import GenerationConfig
+
+    found: Any = None
+    with suppress(OSError, ValueError):  # a tokenizer need not come with one
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    ids = {tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])}
+    return tuple(sorted(token for token in ids if isinstance(token, int)))

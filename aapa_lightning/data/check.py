@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aapa_lightning.data.encode import PromptFormat, encode_demonstration, encode_prompt
-from aapa_lightning.data.records import attach_experts, prompt_hash, row_parsers
+from aapa_lightning.data.control_tokens import spells_control_tokens
+from aapa_lightning.data.encode import PromptFormat, encode_demonstration, encode_prompt, end_of_turn_id
+from aapa_lightning.data.records import attach_experts, prompt_hash, prompt_text, row_parsers
+from aapa_lightning.data.templates import template_fields, unread_fields, uses_template
 from aapa_lightning.errors import DataError
 from aapa_lightning.types import Record
 
@@ -50,6 +52,9 @@ class CheckReport:
         prompt_lengths: in tokens where a tokenizer was given, else in characters.
         expert_lengths: the same for experts, EOS included.
         over_limit: rows over a length limit (with a tokenizer).
+        template_fields: valid rows by field that is there for a chat template: of turns, ``tools``, ``chat_template_kwargs``.
+        unread_fields: of these, rows in which the tokenizer's template writes nothing of it.
+        spelled: valid rows with a text that spells a control token of the tokenizer, which stays text.
         error_count: errors found.
         errors: the first of them, each with file and line.
     """
@@ -69,6 +74,9 @@ class CheckReport:
     prompt_lengths: Lengths | None = None
     expert_lengths: Lengths | None = None
     over_limit: int = 0
+    template_fields: dict[str, int] = field(default_factory=dict)
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    spelled: int = 0
     error_count: int = 0
     errors: list[str] = field(default_factory=list)
 
@@ -97,6 +105,10 @@ class CheckReport:
                 lines.append(f"{what}: {values} {lengths.unit}")
         if self.over_limit:
             lines.append(f"over a length limit: {self.over_limit}")
+        lines += [f"rows with {name} for the chat template: {count}" for name, count in sorted(self.template_fields.items())]
+        lines += [f"rows of whose {name} the chat template writes nothing: {count}" for name, count in sorted(self.unread_fields.items())]
+        if self.spelled:
+            lines.append(f"rows that spell control tokens: {self.spelled} (they stay text; remove them if they were meant to end a turn)")
         lines += [f"instruction {name}: {count}" for name, count in sorted(self.instructions.items())]
         if self.unverifiable:
             lines.append(f"rows with an instruction that no check knows: {self.unverifiable} (a reward can leave them out: 'skip-record')")
@@ -114,6 +126,7 @@ def check_dataset(
     columns: Mapping[str, str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fmt: PromptFormat | None = None,
+    eos_token_ids: Sequence[int] = (),
     limit: int = 20,
 ) -> CheckReport:
     """Look at every row.
@@ -125,6 +138,7 @@ def check_dataset(
         columns: as for ``read_records``.
         tokenizer: measures lengths in tokens and applies the limits of ``fmt``; without it lengths are characters.
         fmt: how records become tokens; default ``PromptFormat()``. A row over a limit is an error unless ``overlong`` is ``drop``.
+        eos_token_ids: every id that ends a response; none for the tokenizer's own alone.
         limit: how many errors the report lists; all are counted.
 
     Raises:
@@ -144,7 +158,7 @@ def check_dataset(
             records = attach_experts(records, experts)
         except DataError as error:
             complain(error)
-    measure = _Measure(tokenizer, fmt or PromptFormat())
+    measure = _Measure(tokenizer, fmt or PromptFormat(), eos_token_ids)
     tally = _Tally(report, measure)
     for record in records:
         try:
@@ -174,14 +188,14 @@ def _parsed(rows: Iterable[Callable[[], Record]], report: CheckReport, complain:
 class _Measure:
     """Lengths in tokens or characters, and the limits on them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, fmt: PromptFormat) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, fmt: PromptFormat, eos_token_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.unit = "characters" if tokenizer is None else "tokens"
         self.fmt = fmt
         self._free = replace(fmt, max_prompt_tokens=_NO_LIMIT, max_response_tokens=_NO_LIMIT)
-        self._eos = None if tokenizer is None else tokenizer.eos_token_id
-        if tokenizer is not None and self._eos is None:
+        if tokenizer is not None and tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token; set its eos_token")
+        self._eos = 0 if tokenizer is None else end_of_turn_id(tokenizer, fmt, eos_token_ids or (int(tokenizer.eos_token_id),))
 
     def lengths(self, record: Record) -> tuple[int, list[int]]:
         """Length of the prompt and of each expert. Raises DataError when the record does not encode."""
@@ -189,9 +203,21 @@ class _Measure:
             turns = [record.prompt] if isinstance(record.prompt, str) else [turn["content"] for turn in record.prompt]
             return sum(map(len, turns)), [len(expert) for expert in record.experts]
         prompt = len(encode_prompt(self.tokenizer, record, self._free))
-        eos = int(self._eos) if self._eos is not None else 0
-        demonstrations = [encode_demonstration(self.tokenizer, record, expert, self._free, eos) for expert in record.experts]
+        demonstrations = [encode_demonstration(self.tokenizer, record, expert, self._free, self._eos) for expert in record.experts]
         return prompt, [len(demonstration.input_ids) - prompt for demonstration in demonstrations]
+
+    def unread(self, record: Record) -> list[str]:
+        """Fields for a chat template that it does not read; none without a tokenizer or a template."""
+        if self.tokenizer is None or not uses_template(self.tokenizer, self.fmt):
+            return []
+        return unread_fields(self.tokenizer, record, self.fmt)
+
+    def spells(self, record: Record) -> bool:
+        """Whether a text of the record spells a control token."""
+        if self.tokenizer is None:
+            return False
+        responses = [text for text in (*record.experts, record.chosen, record.rejected) if text]
+        return any(spells_control_tokens(self.tokenizer, text) for text in (prompt_text(record.prompt), *responses))
 
     def over_limit(self, prompt: int, experts: list[int]) -> bool:
         """Whether a length is over its limit; characters have none."""
@@ -210,6 +236,8 @@ class _Tally:
         self._prompts: list[int] = []
         self._experts: list[int] = []
         self._instructions: Counter[str] = Counter()
+        self._fields: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
 
     def add(self, record: Record) -> None:
         """Count a record. Raises DataError when it does not encode, is over a limit or has malformed arguments of an instruction."""
@@ -230,6 +258,9 @@ class _Tally:
         digest = bytes.fromhex(prompt_hash(record.prompt))
         report.duplicate_prompts += digest in self._seen
         self._seen.add(digest)
+        self._fields.update(template_fields(record))
+        self._unread.update(self._measure.unread(record))
+        report.spelled += self._measure.spells(record)
         report.valid += 1
         report.with_experts += bool(record.experts)
         report.experts += len(record.experts)
@@ -243,6 +274,7 @@ class _Tally:
     def close(self) -> None:
         """Write what needs all records."""
         self._report.instructions = dict(self._instructions)
+        self._report.template_fields, self._report.unread_fields = dict(self._fields), dict(self._unread)
         self._report.prompt_lengths = _summary(self._prompts, self._measure.unit)
         self._report.expert_lengths = _summary(self._experts, self._measure.unit)
 

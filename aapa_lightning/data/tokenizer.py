@@ -6,16 +6,13 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerFast
 
-#: ChatML without anything model-specific. ``{% generation %}`` marks the assistant's tokens for multi-turn training.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+from aapa_lightning.chat_templates import CHATML
+
+#: The template of tokenizers that are trained here.
+CHAT_TEMPLATE = CHATML
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: every string encodes and decodes back unchanged.
 
     Args:

@@ -30,6 +30,8 @@ def load_classifier(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedMo
     """
     if spec.lora is not None or spec.quantization != "none":
         raise ConfigError("base: a reward model is trained whole; leave lora and quantization out of base")
+    if spec.chat_template is not None:
+        raise ConfigError("base: a reward model reads text by 'template' and uses no chat template; leave chat_template out of base")
     tokenizer = _load_tokenizer(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)

@@ -232,6 +232,7 @@ class PolicyModule(DrawsAhead):
             "config": config,
             "generation_config": generation.to_dict() if generation is not None else {},
             "tokenizer": self.tokenizer.name_or_path or self.policy.tokenizer or self.policy.model,
+            **({} if self.policy.chat_template is None else {"chat_template": self.tokenizer.chat_template}),
             **describe_adapters(self.model, self.policy),
         }
         return {"policy": policy}
