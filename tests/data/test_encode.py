@@ -343,3 +343,9 @@ def test_fit_lengths(plain, caplog):
 def test_illegal_options(options, message):
     with pytest.raises(ConfigError, match=message):
         PromptFormat(**options)
+
+
+def test_whatever_a_template_raises_names_the_record():
+    for source in ("{{ range(10**9) }}", "{{ 1 // 0 }}", "{{ messages['x']['y'] }}"):
+        with pytest.raises(DataError, match=r"d\.jsonl:7: the chat template refuses the turns \(user\): "):
+            demonstrate(make(source), (USER,))
