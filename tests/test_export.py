@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from aapa_lightning.adapters import LoraSpec
+from aapa_lightning.chat_templates import read_chat_template
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.export import export_policy, policy_state, save_policy
 from aapa_lightning.policy import PolicySpec, load_policy
@@ -19,8 +21,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(torch.tensor([[5, 6, 7, 8]])).logits
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_model_dir, tmp_path_factory) -> tuple[Path, torch.Tensor]:
+def one_step(spec: PolicySpec, folder: Path) -> tuple[Path, torch.Tensor]:
     """A checkpoint that Lightning wrote after one step, and the policy's logits then."""
     import lightning as L
 
@@ -28,14 +29,19 @@ def checkpoint(tiny_model_dir, tmp_path_factory) -> tuple[Path, torch.Tensor]:
     from aapa_lightning.modules.sft import SFTModule
     from aapa_lightning.types import Record
 
-    folder = tmp_path_factory.mktemp("run")
-    model = SFTModule(PolicySpec(model=str(tiny_model_dir)), batch_size=2, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    model = SFTModule(spec, batch_size=2, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     trainer = L.Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
     )
     trainer.fit(model, AapaDataModule([Record("abc", ("def",)), Record("ghi", ("jkl",))]))
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt", logits(model.model)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir, tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    """``one_step`` of the tiny model."""
+    return one_step(PolicySpec(model=str(tiny_model_dir)), tmp_path_factory.mktemp("run"))
 
 
 def test_export_writes_a_folder_that_transformers_loads(checkpoint, tiny_model_dir, tmp_path) -> None:
@@ -64,6 +70,19 @@ def test_export_takes_a_tokenizer_that_has_moved(checkpoint, tokenizer_dir, tmp_
         export_policy(tmp_path / "moved.ckpt", tmp_path / "export")
     export_policy(tmp_path / "moved.ckpt", tmp_path / "export", tokenizer=tokenizer_dir)
     assert (tmp_path / "export" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(r=2)])
+def test_export_keeps_a_chosen_chat_template(lora, tiny_model_dir, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "mine.jinja"
+    file.write_text(text := read_chat_template("chatml", AutoTokenizer.from_pretrained(tiny_model_dir)) + "{# mine #}")
+    path, _ = one_step(PolicySpec(model=str(tiny_model_dir), chat_template=str(file), lora=lora), tmp_path)
+    file.unlink()
+    export_policy(path, tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == text
+    assert AutoTokenizer.from_pretrained(tiny_model_dir).chat_template != text
 
 
 def test_export_refuses_what_is_not_a_policys_checkpoint(checkpoint, tmp_path) -> None:
