@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from aapa_lightning.errors import AapaError, ConfigError
-
 #: Endings of files, which no name on the Hub is read as.
 _ENDINGS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".bz2", ".xz", ".pkl"} | {
     ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".md", ".py"
 }  # fmt: skip
 
 
-def refuse_missing(name: str, expected: str, error: type[AapaError] = ConfigError) -> None:
+def refuse_missing(
+    name: str, expected: str = "expected a folder that is here, or a Hub name", error: type[Exception] = FileNotFoundError
+) -> None:
     """Raise ``error`` for what does not exist and is spelled like a path, so that it is never looked up on the Hub.
 
     A path begins with ``.``, ``/`` or ``~``, ends with ``/``, has more than one slash, has the ending of a file, or names something in a

@@ -15,6 +15,7 @@ from aapa_lightning.adapters.weights import adapter_base, merge_folder
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.chat_templates import read_chat_template
 from aapa_lightning.errors import ConfigError, in_one_line
+from aapa_lightning.files import refuse_missing
 from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
 from aapa_lightning.logprobs.inputs import dropouts
 from aapa_lightning.logprobs.packing import check_packing, set_packing
@@ -90,6 +91,7 @@ def load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
     if source is None:
         raise ConfigError("policy: expected `tokenizer` (a folder or name) beside `config`, found none; `aapa data tokenizer` trains one")
     try:
+        refuse_missing(source)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers, tokenizers and the Hub client raise errors of their own
         raise ConfigError(f"policy.tokenizer: cannot load a tokenizer from {source!r}: {in_one_line(error)}") from error
@@ -195,6 +197,7 @@ def _from_config(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase, dtype: to
 def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    _require(source)
     below = adapter_base(source, spec.revision)
     if below is not None:
         if spec.quantization != "none":
@@ -219,10 +222,18 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
         raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {in_one_line(error)}") from error
 
 
+def _require(source: str) -> None:
+    try:
+        refuse_missing(source)
+    except FileNotFoundError as error:
+        raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {error}") from error
+
+
 def _without_weights(source: str, spec: PolicySpec, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """What ``_from_folder`` loads, as its configuration describes it."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    _require(source)
     below = adapter_base(source, spec.revision)
     if below is not None:
         return _without_weights(below.model, replace(spec, model=below.model, revision=below.revision), dtype, attention)

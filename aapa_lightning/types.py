@@ -65,6 +65,8 @@ class Record:
         key: identifier given by the dataset (IFEval's ``key``), used to join response files.
         extra: every other column, passed to reward functions.
         source: ``file:line`` (or ``dataset:row``) for error messages.
+        row: all columns under the dataset's own names, for reward functions that were written against them; it does not count when
+            records are compared.
     """
 
     prompt: str | tuple[Message, ...]
@@ -75,6 +77,7 @@ class Record:
     key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     source: str = "<memory>"
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

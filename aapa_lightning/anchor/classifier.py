@@ -18,7 +18,7 @@ from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.data.control_tokens import encode_batch, marked
 from aapa_lightning.data.records import prompt_text
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.files import write_json
+from aapa_lightning.files import refuse_missing, write_json
 from aapa_lightning.types import Record, SentenceSpans
 
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")
@@ -61,6 +61,7 @@ class SequenceClassifierDiscriminator(Discriminator):
         if "{response}" not in template or temperature <= 0:
             raise ConfigError(f"expected a template with {{response}} and a temperature above 0, found {template!r} and {temperature}")
         try:
+            refuse_missing(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left", trust_remote_code=trust_remote_code)
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
                 model, output_loading_info=True, trust_remote_code=trust_remote_code

@@ -18,6 +18,7 @@ from aapa_lightning.anchor.forward import RowEncoder
 from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import refuse_missing
 
 
 @dataclass(slots=True)
@@ -166,6 +167,7 @@ def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[
 
     loader: Any = AutoModelForCausalLM if language_model else AutoModel
     try:
+        refuse_missing(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -14,6 +14,7 @@ from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.reference_text import REWARD_TOKEN
 from aapa_lightning.data.control_tokens import encode_batch
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.files import refuse_missing
 from aapa_lightning.types import pad_right
 
 #: The last three are what code that comes with the weights raises under another version of transformers than its own.
@@ -117,6 +118,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        refuse_missing(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except _LOADING as error:
         raise _cannot_load(path, "tokenizer", error) from error
@@ -141,6 +143,7 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     try:
+        refuse_missing(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         loader: Any = AutoModelForSequenceClassification if classifier else AutoModel

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
 
-from aapa_lightning.data.inputs import as_records
+from aapa_lightning.data.inputs import Source, as_records
 from aapa_lightning.data.records import require_experts, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
-
-#: A path or Hub name, records, rows, several paths; a ``datasets.Dataset`` too, whose type the command line need not know.
-Source = str | Path | Sequence[Record] | Sequence[Mapping[str, Any]] | Sequence[str]
 
 
 class AapaDataModule(L.LightningDataModule):

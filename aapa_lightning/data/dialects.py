@@ -99,6 +99,7 @@ def parse_record(row: Mapping[str, Any], source: str, columns: Mapping[str, str]
         key=scalar_key(fields.pop("key", None), source),
         extra=fields,
         source=source,
+        row=row,
     )
 
 

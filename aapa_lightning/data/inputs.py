@@ -12,6 +12,9 @@ from aapa_lightning.data.records import LazyRecords, attach_experts, joined_sequ
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.types import Record
 
+#: A path or Hub name, records, rows, several paths; a ``datasets.Dataset`` too, whose type the command line need not know.
+Source = str | Path | Sequence[Record] | Sequence[Mapping[str, Any]] | Sequence[str]
+
 
 def as_records(
     source: Any, *, columns: Mapping[str, str] | None = None, experts: str | None = None, split: str | None = None

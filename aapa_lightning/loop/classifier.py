@@ -9,6 +9,7 @@ import torch
 
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import refuse_missing
 from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _load_tokenizer(spec: PolicySpec) -> PreTrainedTokenizerBase:
     source = spec.tokenizer or spec.model
     if source is None:
         raise ConfigError("base: expected `model` (a folder or name), or `config` and `tokenizer`, found neither")
+    _loading(lambda: refuse_missing(source), f"tokenizer: cannot load a tokenizer from {source!r}")
     tokenizer = _loading(
         lambda: AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code),
         f"tokenizer: cannot load a tokenizer from {source!r}",
@@ -86,6 +88,7 @@ def _build(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
         return cast("PreTrainedModel", _loading(from_scratch, "config: cannot build a sequence classifier"))
     source = spec.model
+    _loading(lambda: refuse_missing(source), f"model: cannot load a sequence classifier with one output from {source!r}")
     options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code, **(spec.config or {}), "num_labels": 1}
     model, info = _loading(
         lambda: AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **options),

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,8 @@ from typing_extensions import override
 
 from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.examples import Example, build_examples
-from aapa_lightning.data.records import attach_experts, prompt_hash, read_records, split_records
+from aapa_lightning.data.inputs import Source, as_records
+from aapa_lightning.data.records import attach_experts, prompt_hash, split_records
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.thinking import ScoreThinking
@@ -105,13 +105,13 @@ class DiscriminatorData(LightningDataModule):
 
     def __init__(
         self,
-        train: str | Path | Sequence[Record],
+        train: Source,
         negatives: list[str] | None = None,
         experts: str | None = None,
         split: str | None = None,
         columns: dict[str, str] | None = None,
         other_prompts: float = 1.0,
-        val: str | Path | Sequence[Record] | None = None,
+        val: Source | None = None,
         val_fraction: float = 0.2,
         missing_experts: Literal["error", "drop"] = "error",
         test_negatives: list[str] | None = None,
@@ -149,10 +149,9 @@ class DiscriminatorData(LightningDataModule):
                 held_out = [record for record in joined if record.experts]
             self.examples["test"] = self._build(held_out, self.test_negatives or self.negatives)
 
-    def _read(self, source: str | Path | Sequence[Record]) -> list[Record]:
-        if isinstance(source, str | Path):
-            source = read_records(str(source), split=self.split, experts=self.experts, columns=self.columns)
-        return [record for record in source if record.experts or self.missing_experts == "error"]
+    def _read(self, source: Source) -> list[Record]:
+        records = as_records(source, split=self.split, experts=self.experts, columns=self.columns)
+        return [record for record in records if record.experts or self.missing_experts == "error"]
 
     def _build(self, records: Sequence[Record], negatives: list[str]) -> list[Example]:
         return build_examples(records, negatives, other_prompts=self.other_prompts, seed=self.seed)

@@ -86,8 +86,9 @@ class FunctionReward(Reward):
 class TRLReward(Reward):
     """A reward function written for TRL: ``function(prompts=..., completions=..., **columns) -> N numbers or None``.
 
-    A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are the record's extra
-    columns and ``key``, ``experts``, ``chosen``, ``rejected``; a function without ``**kwargs`` gets those that it names.
+    A chat prompt gives chat completions (one assistant turn), a text prompt gives text, as in TRL. ``columns`` are all columns of
+    the dataset's row under its own names, and ``key``, ``experts``, ``chosen``, ``rejected``; a function without ``**kwargs`` gets those
+    that it names.
 
     None means "not my task" or "cannot be scored". As in TRL it adds nothing to the weighted sum, and a completion for which *every* reward
     is None leaves its group's baseline and gets no advantage (``task_advantages``). NaN stops the run.
@@ -127,7 +128,9 @@ class TRLReward(Reward):
     def skip_reason(self, record: Record) -> str | None:
         """None; raises DataError when a column that the function demands is missing."""
         if missing := self._required - {"prompts", "completions"} - _columns(record).keys():
-            raise DataError(f"{record.source}: reward {self.name!r} needs the columns {sorted(missing)}, found {sorted(record.extra)}")
+            raise DataError(
+                f"{record.source}: reward {self.name!r} needs the columns {sorted(missing)}, found {sorted(record.row or record.extra)}"
+            )
         return None
 
     def __call__(self, responses: Sequence[str], records: Sequence[Record]) -> list[float]:
@@ -146,9 +149,10 @@ class TRLReward(Reward):
 
 
 def _columns(record: Record) -> dict[str, Any]:
-    """Columns of a record under their dataset names."""
+    """Columns of a record: those of the schema, and all of its row under the dataset's names, but what TRL gives as other arguments."""
     schema = {"key": record.key, "experts": list(record.experts), "chosen": record.chosen, "rejected": record.rejected}
-    return {**record.extra, **schema}
+    row = {name: value for name, value in record.row.items() if name not in ("prompt", "completion", "completion_ids")}
+    return {**record.extra, **schema, **row}
 
 
 def _copy(turns: Sequence[Any]) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 import pytest
 
+from aapa_lightning.data.records import parse_record
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rewards.functions import FunctionReward, TRLReward, import_function
@@ -78,3 +79,33 @@ def test_trls_own_reward_runs():
 def test_nan_from_a_trl_function_stops():
     with pytest.raises(DataError, match=r"must return finite numbers, found nan for d\.jsonl:1"):
         RewardSet([TRLReward(lambda completions: [float("nan")], name="n")]).score(["a"], [TEXT])
+
+
+def test_a_trl_function_sees_every_column_under_its_own_name():
+    seen = {}
+
+    def function(prompts, completions, **kwargs):
+        seen.update(kwargs)
+        return [0.0] * len(prompts)
+
+    rows = [
+        {"question": "q", "good": "x", "bad": "y", "answer": "4", "key": 7, "nothing": None},
+        {
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}],
+            "instruction_id_list": ["a:b"],
+            "kwargs": [{"n": 1}],
+            "label": True,
+        },
+    ]
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    records = [parse_record(rows[0], "f:1", columns), parse_record(rows[1], "f:2")]
+    TRLReward(function)(["a", "b"], records)
+    for name in {name for row in rows for name in row}:
+        assert seen[name] == [row.get(name) for row in rows], name
+    assert seen["chosen"] == ["x", "Yes"]
+    assert "prompt" not in seen
+    assert TRLReward(lambda completions, question: [0.0], name="r").skip_reason(records[0]) is None
+
+
+def test_records_compare_without_their_rows():
+    assert parse_record({"prompt": "a", "messages": None}, "f:1") == parse_record({"prompt": "a"}, "f:1")
