@@ -10,15 +10,15 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
-from aapa_lightning.files import atomic_write
-from aapa_lightning.sharding.files import in_memory, read_checkpoint, remove
+from aapa_lightning.sharding.files import check_checkpoint, in_memory, read_checkpoint, remove, save_sealed
 
 
 class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint beside its target and replaces the target in one step; reads tensors and primitives only.
 
     Lightning's own writer goes through the temporary folder, so where that is another file system it copies into place, and a kill
-    leaves half a file under the good name. It also reads the folders that the strategy ``fsdp2`` writes, whole.
+    leaves half a file under the good name. A file's digest is its last line, and is checked before anything is read. It also reads the
+    folders that the strategy ``fsdp2`` writes, whole.
     """
 
     @override
@@ -26,19 +26,19 @@ class AtomicCheckpointIO(CheckpointIO):
         """Save ``checkpoint`` to the local file ``path``. ``storage_options`` is not supported."""
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO writes local files and takes no storage_options")
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+        save_sealed(checkpoint, path)
 
     @override
     def load_checkpoint(self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load ``path`` without unpickling objects, whatever ``weights_only`` says.
 
         Raises:
-            ConfigError: there is no such file or folder.
+            ConfigError: there is no such file or folder, or a byte of it is not what was written.
         """
         if not Path(path).is_file():
             found: dict[str, Any] = in_memory(read_checkpoint(path))
             return found
+        check_checkpoint(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return checkpoint
 

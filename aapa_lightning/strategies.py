@@ -20,9 +20,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from aapa_lightning.digests import write_digests
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.modules.checkpointing import gather_over_ranks
 from aapa_lightning.sharding import reshard
-from aapa_lightning.sharding.files import SavedTensor, is_deepspeed_folder, local_rows, map_tensors, publish, read_checkpoint, write_folder
+from aapa_lightning.sharding.files import (
+    DIGESTS,
+    SavedTensor,
+    check_checkpoint,
+    is_deepspeed_folder,
+    local_rows,
+    map_tensors,
+    publish,
+    read_checkpoint,
+    write_folder,
+)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -83,7 +95,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         reshard(self._module)  # gathered parameters would hide the new ones
-        return read_checkpoint(self.broadcast(str(checkpoint_path)))
+        path = self.broadcast(str(checkpoint_path))
+        _check_together(self, path)
+        return read_checkpoint(path, check=False)
 
     @override
     @torch.no_grad()
@@ -135,6 +149,8 @@ class ZeROStrategy(DeepSpeedStrategy):
         folder = _new_folder(self, path)
         super().save_checkpoint(checkpoint, folder, storage_options)
         self.barrier()
+        if self.is_global_zero:
+            write_digests(folder, DIGESTS)
         _publish(self, folder, path)
 
     @override
@@ -145,7 +161,8 @@ class ZeROStrategy(DeepSpeedStrategy):
                 f"{path}: expected a checkpoint of DeepSpeed's stages 1 or 2, found another, or none; name the strategy that wrote it, or "
                 "start from its weights: aapa export writes a folder for policy.model"
             )
-        ranks = read_checkpoint(path)["dp_world_size"]
+        _check_together(self, path)
+        ranks = read_checkpoint(path, check=False)["dp_world_size"]
         trainer: Any = self.lightning_module and self.lightning_module.trainer
         if trainer.state.fn == TrainerFn.FITTING and ranks != self.world_size:
             raise ConfigError(f"{path}: DeepSpeed resumes on as many ranks as wrote the checkpoint, {ranks}; found {self.world_size}")
@@ -155,6 +172,17 @@ class ZeROStrategy(DeepSpeedStrategy):
 def _new_folder(strategy: Strategy, path: Path) -> Path:
     """A hidden folder for a checkpoint that shall lie at ``path``; the same on all ranks."""
     return path.with_name(f".{path.name}.{strategy.broadcast(uuid.uuid4().hex[:8])}")
+
+
+def _check_together(strategy: Any, path: str | Path) -> None:
+    """Look at every byte of a checkpoint, each rank at its share; what one finds all of them raise."""
+    found = None
+    try:
+        check_checkpoint(path, strategy.global_rank, strategy.world_size)
+    except ConfigError as error:
+        found = str(error)
+    if problems := [problem for problem in gather_over_ranks(found) if problem is not None]:
+        raise ConfigError(problems[0])
 
 
 def _publish(strategy: Strategy, folder: Path, path: Path) -> None:

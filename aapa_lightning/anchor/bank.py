@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from aapa_lightning.anchor.bank_build import INDEX, OFFSETS, ROWS, STAMP, PartWriter, build_parts, join_shards, shard_folder
+from aapa_lightning.anchor.bank_build import (
+    BOUNDS,
+    DIGESTS,
+    INDEX,
+    OFFSETS,
+    ROWS,
+    STAMP,
+    PartWriter,
+    build_parts,
+    join_shards,
+    shard_folder,
+)
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.data.records import prompt_hash
+from aapa_lightning.digests import file_digest, range_digest, read_sealed_json
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
@@ -23,38 +34,42 @@ from aapa_lightning.types import Record
 if TYPE_CHECKING:
     import pyarrow
 
+#: What to do with a bank that cannot be used.
+_AGAIN = "build the bank again with `aapa bank build`"
+
 
 class ExpertBank:
     """Memory-mapped expert responses and their logits.
 
     A folder of two Arrow files: one row per record (hash, expert responses, logits of their sentences), and a sorted index of hashes. What
-    a look-up does not touch stays on disk.
+    a look-up does not touch stays on disk. The index is checked against its digest when the bank is opened, every batch of rows when a
+    look-up first touches it; ``bank.json`` holds the digest of the index, the index those of the batches.
 
     Args:
         folder: written by ``build``.
         fingerprint: the discriminator's; another one than the bank's is refused.
 
     Raises:
-        ConfigError: the folder is missing or damaged, or belongs to another discriminator.
+        ConfigError: the folder is missing or damaged, or belongs to another discriminator; also from a look-up, where its rows are damaged.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str | None = None) -> None:
         self.folder = Path(folder)
         if not (self.folder / STAMP).is_file():
             raise ConfigError(f"no expert bank at {str(folder)!r}: expected a folder with {STAMP}; build one with `aapa bank build`")
-        stamp = read_json(self.folder / STAMP)
-        self._rows, self._index = _open(self.folder / ROWS), _open(self.folder / INDEX)
-        try:
-            self._offsets = _offsets(self._rows, self._index)
-            self.fingerprint: str = stamp["fingerprint"]
-            self.cross_fitted: bool = stamp["cross_fitted"]
-            index = self._index.get_batch(0)
-            self._prefixes, self._positions = index.column("prefix").to_numpy(), index.column("row").to_numpy()
-            complete = len(self._prefixes) == self._offsets[-1] == stamp["rows"]
-        except (KeyError, ValueError, IndexError) as error:
-            raise ConfigError(f"expert bank {str(folder)!r} is damaged ({type(error).__name__}: {error}); build it again") from error
-        if not complete:
-            raise ConfigError(f"expert bank {str(folder)!r} is damaged: {ROWS}, {INDEX} and {STAMP} disagree; build it again")
+        stamp = read_sealed_json(self.folder / STAMP, _AGAIN)
+        if file_digest(_there(self.folder / INDEX)) != stamp["index"]:
+            raise ConfigError(f"expert bank file {self.folder / INDEX} is damaged: its bytes are not those that were written; {_AGAIN}")
+        index = _open(self.folder / INDEX)
+        self._offsets, self._bounds = (np.frombuffer(index.schema.metadata[key], dtype=np.int64).tolist() for key in (OFFSETS, BOUNDS))
+        self._digests: bytes = index.schema.metadata[DIGESTS]
+        self._file, self._checked = open(_there(self.folder / ROWS), "rb"), set[int]()  # noqa: SIM115 - as long as the bank
+        self._check(len(self._bounds) - 2)  # the end of the file, by which Arrow finds the rest
+        self._rows = _open(self.folder / ROWS)
+        self.fingerprint: str = stamp["fingerprint"]
+        self.cross_fitted: bool = stamp["cross_fitted"]
+        hashes = index.get_batch(0)
+        self._prefixes, self._positions = hashes.column("prefix").to_numpy(), hashes.column("row").to_numpy()
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ConfigError(
                 f"expert bank {str(folder)!r} was built with the discriminator {self.fingerprint[:12]}, but the one in use is "
@@ -82,9 +97,21 @@ class ExpertBank:
         begin, end = self._prefixes.searchsorted([prefix, prefix + 1])
         for number in self._positions[begin:end].tolist():
             which = bisect.bisect_right(self._offsets, number) - 1
+            self._check(which)
             batch = self._rows.get_batch(which)
             if batch.column("prompt_hash")[number - self._offsets[which]].as_py() == key:
                 yield batch, number - self._offsets[which]
+
+    def _check(self, block: int) -> None:
+        """Look at the bytes of a batch, or of what follows the last, when they are first touched."""
+        if block in self._checked:
+            return
+        start, stop = self._bounds[block : block + 2]
+        if range_digest(self._file.fileno(), start, stop) != self._digests[32 * block : 32 * (block + 1)]:
+            raise ConfigError(
+                f"expert bank file {self.folder / ROWS} is damaged: bytes {start} to {stop} are not those that were written; {_AGAIN}"
+            )
+        self._checked.add(block)
 
     @classmethod
     def build(
@@ -181,17 +208,10 @@ def _segmenter_for(discriminator: Discriminator, segmenter: Segmenter | None) ->
     return segmenter or getattr(discriminator, "segmenter", None) or Segmenter()
 
 
-def _offsets(rows: pyarrow.RecordBatchFileReader, index: pyarrow.RecordBatchFileReader) -> list[int]:
-    """First row of each batch, and the number of rows."""
-    import numpy as np
-
-    kept = (index.schema.metadata or {}).get(OFFSETS)
-    if kept is not None:
-        found: list[int] = np.frombuffer(kept, dtype=np.int64).tolist()
-        return found
-    # a bank of an earlier version
-    sizes = [rows.get_batch(i).num_rows for i in range(rows.num_record_batches)]
-    return list(itertools.accumulate(sizes, initial=0))
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"expert bank file {path} is missing; {_AGAIN}")
+    return path
 
 
 def _open(path: Path) -> pyarrow.RecordBatchFileReader:
@@ -200,4 +220,4 @@ def _open(path: Path) -> pyarrow.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path), "r"))
     except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"expert bank file {path} is missing or damaged ({error}); build the bank again") from error
+        raise ConfigError(f"expert bank file {path} is damaged ({error}); {_AGAIN}") from error

@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.data.records import prompt_hash
+from aapa_lightning.digests import file_digest, range_digests, read_sealed_json, write_sealed_json
 from aapa_lightning.errors import ConfigError, DataError
-from aapa_lightning.files import write_json
+from aapa_lightning.files import write_text
 from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Record
 
 ROWS, INDEX, STAMP, _NOTE = "experts.arrow", "index.arrow", "bank.json", "build.json"
 #: First row of each batch, in the index's metadata.
 OFFSETS = b"offsets"
+#: Byte at which each batch begins, and those where the last one and the file end; and the SHA-256 of each stretch between two of them.
+BOUNDS, DIGESTS = b"bounds", b"digests"
+#: How to go on without a damaged file of an interrupted build.
+_ANEW = "build without --resume to start anew"
 #: Batches of a part: what a killed build scores again at most.
 PART_BATCHES = 16
 Row = dict[str, Any]
@@ -124,7 +128,7 @@ def _begin(folder: Path, meta: dict[str, Any], *, resume: bool) -> None:
     note = folder / _NOTE
     plain = json.loads(json.dumps(meta))
     if resume and note.exists():
-        found = read_json(note)
+        found = read_sealed_json(note, _ANEW)
         for name in [name for name, value in plain.items() if found.get(name) != value]:
             raise ConfigError(
                 f"--resume: {folder} was begun with another value of {name}: expected {str(found.get(name))[:12]}, found "
@@ -133,7 +137,7 @@ def _begin(folder: Path, meta: dict[str, Any], *, resume: bool) -> None:
         return
     for old in folder.glob("part-*"):
         old.unlink()
-    write_json(note, plain)
+    write_sealed_json(note, plain)
 
 
 @contextmanager
@@ -179,8 +183,13 @@ def write_part(path: Path, batches: Iterator[list[Row]]) -> int:
             rows += len(batch)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
+    write_text(_digest_of(path), file_digest(temporary))  # first: a part that is there can be checked
     os.replace(temporary, path)
     return rows
+
+
+def _digest_of(part: Path) -> Path:
+    return part.with_suffix(".sha256")
 
 
 def _check_part(path: Path, records: Iterator[Record], score_thinking: ScoreThinking) -> None:
@@ -202,6 +211,9 @@ def _check_part(path: Path, records: Iterator[Record], score_thinking: ScoreThin
 def _opened(path: Path) -> Iterator[Any]:
     import pyarrow as pa
 
+    digest = _digest_of(path)
+    if not digest.is_file() or digest.read_bytes() != file_digest(path).encode():
+        raise ConfigError(f"{path} is damaged (its bytes are not those that were written); remove it and resume")
     try:
         with pa.memory_map(str(path), "r") as source:
             yield pa.ipc.open_file(source)
@@ -212,7 +224,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _is_whole(folder: Path, number: int) -> bool:
     if not (folder / _NOTE).is_file():
         return False
-    note = read_json(folder / _NOTE)
+    note = read_sealed_json(folder / _NOTE, _ANEW)
     rows, count = note["rows"], note["shards"]
     return _covers(sorted(folder.glob("part-*.arrow")), rows * (number - 1) // count, rows * number // count)
 
@@ -238,7 +250,7 @@ def join_shards(target: Path, count: int) -> None:
             f"{str(target)!r}: expected {count} whole shards, found that {missing} are missing or not whole; build each of them with "
             f"`aapa bank build --shard I/{count}`, and --resume where it was interrupted"
         )
-    notes = [read_json(folder / _NOTE) for folder in folders]
+    notes = [read_sealed_json(folder / _NOTE, _ANEW) for folder in folders]
     if any(note != notes[0] for note in notes):
         raise ConfigError(f"the shards of {str(target)!r} were built with different settings ({_NOTE}); build them again with the same")
     joined = target.with_name(target.name + ".joined")
@@ -246,7 +258,7 @@ def join_shards(target: Path, count: int) -> None:
     joined.mkdir(parents=True)
     rows = stream(joined, [part for folder in folders for part in sorted(folder.glob("part-*.arrow"))])
     stamp = {name: notes[0][name] for name in ("fingerprint", "cross_fitted", "segmenter")}
-    write_json(joined / STAMP, {**stamp, "rows": rows})
+    write_sealed_json(joined / STAMP, {**stamp, "rows": rows, "index": file_digest(joined / INDEX)})
     if target.exists():
         shutil.rmtree(target)
     os.replace(joined, target)
@@ -255,12 +267,15 @@ def join_shards(target: Path, count: int) -> None:
 
 
 def stream(folder: Path, parts: Sequence[Path]) -> int:
-    """Copy parts into one file, batch by batch, and index it: only 16 bytes a row (the index) stay in memory. Returns the rows."""
+    """Copy parts into one file, batch by batch, and index it: only 16 bytes a row (the index) stay in memory. Returns the rows.
+
+    The index also holds a digest of every batch and of the file's end, so that a look-up can check what it touches.
+    """
     import numpy as np
     import pyarrow as pa
 
     prefixes: list[Any] = [np.empty(0, dtype=np.int64)]
-    sizes = [0]
+    sizes, bounds = [0], [0]
     with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_file(sink, schema()) as writer:
         for part in parts:
             with _opened(part) as source:
@@ -268,13 +283,16 @@ def stream(folder: Path, parts: Sequence[Path]) -> int:
                     batch = source.get_batch(i)
                     writer.write_batch(batch)
                     sizes.append(batch.num_rows)
+                    bounds.append(sink.tell())
                     keys = batch.column("prompt_hash").to_pylist()
                     prefixes.append(np.array([int(key[:15], 16) for key in keys], dtype=np.int64))
                 del batch, source
     prefix = np.concatenate(prefixes)
     order = np.argsort(prefix, kind="stable").astype(np.int64)
     # kept beside the index, so that opening a bank reads none of its rows
-    metadata = {OFFSETS: np.cumsum(sizes, dtype=np.int64).tobytes()}
+    bounds.append(os.path.getsize(folder / ROWS))
+    metadata = {key: np.array(values, dtype=np.int64).tobytes() for key, values in ((OFFSETS, np.cumsum(sizes)), (BOUNDS, bounds))}
+    metadata[DIGESTS] = range_digests(folder / ROWS, bounds)
     index = pa.record_batch([pa.array(prefix[order]), pa.array(order)], names=["prefix", "row"]).replace_schema_metadata(metadata)
     with pa.OSFile(str(folder / INDEX), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
         writer.write_batch(index)

@@ -15,19 +15,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from aapa_lightning.digests import Digesting, check_digests, check_sealed
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.files import atomic_write
 
 _INDEX = "checkpoint.pt"
 #: What DeepSpeed's ZeRO stages 1 and 2 write beside the optimiser's shards: the whole weights, and all that is Lightning's and ours.
 _DEEPSPEED = Path("checkpoint", "mp_rank_00_model_states.pt")
+#: Where the digests of DeepSpeed's files lie.
+DIGESTS = "digests.json"
 #: Key of a note: its value is the tensor's number.
 _NOTE = "__shards__"
 
@@ -98,12 +101,18 @@ def write_folder(checkpoint: dict[str, Any], folder: Path, rank: int, barrier: C
         return {_NOTE: numbers[id(value)]}
 
     index = map_tensors(checkpoint, note)
-    with atomic_write(folder / f"rank{rank}.pt") as file:
-        torch.save(shards, file)
+    save_sealed(shards, folder / f"rank{rank}.pt")
     barrier()
     if rank == 0:
-        with atomic_write(folder / _INDEX) as file:
-            torch.save(index, file)
+        save_sealed(index, folder / _INDEX)
+
+
+def save_sealed(value: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` to a file that is whole or not there, with its digest at the end."""
+    with atomic_write(path) as file:
+        sealed = Digesting(file)
+        torch.save(value, cast("BinaryIO", sealed))
+        sealed.seal()
 
 
 def publish(folder: Path, path: Path) -> None:
@@ -148,20 +157,56 @@ def is_deepspeed_folder(path: Path) -> bool:
     return (path / _DEEPSPEED).is_file()
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def check_checkpoint(path: str | os.PathLike[str], rank: int = 0, world_size: int = 1) -> None:
+    """Refuse a checkpoint, file or folder, of which a byte is not what was written.
+
+    Args:
+        path: the checkpoint.
+        rank: of several processes that check a folder together, each its share of the files.
+        world_size: their number.
+
+    Raises:
+        ConfigError: nothing there, or damaged; the file is named, and what may be resumed from instead.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"no checkpoint at {path}; expected a file or folder written by a fit run, such as RUN/checkpoints/last.ckpt")
+    if (path / DIGESTS).exists() or is_deepspeed_folder(path):
+        if rank == 0:
+            check_digests(path, DIGESTS, advice(path))
+        return
+    files = [path] if path.is_file() else sorted(path.glob("*.pt"))
+    for file in files[rank::world_size]:
+        check_sealed(file, advice(path))
+
+
+def advice(path: Path) -> str:
+    """How to go on without a checkpoint."""
+    others = [other for other in path.parent.glob("*.ckpt") if other.name != path.name and other.exists()]
+    if not others:
+        return "copy it again where there is a copy, or train again in another run_dir; --checkpoint.keep all keeps older ones"
+    newest = sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)
+    return f"go on from another one with --ckpt_path: {', '.join(str(other) for other in newest[:3])}"
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, check: bool = True) -> dict[str, Any]:
     """Read a checkpoint, file or folder, without unpickling objects. Tensors stay on disk until they are used.
 
     Of a checkpoint of DeepSpeed's everything but the optimiser's state is read.
+
+    Args:
+        path: the checkpoint.
+        check: look at every byte first; False where ``check_checkpoint`` did.
 
     Returns:
         The checkpoint; in the place of sharded tensors ``SavedTensor``.
 
     Raises:
-        ConfigError: nothing there, or no checkpoint of this library.
+        ConfigError: nothing there, damaged, or no checkpoint of this library.
     """
     path = Path(path)
-    if not path.exists():
-        raise ConfigError(f"no checkpoint at {path}; expected a file or folder written by a fit run, such as RUN/checkpoints/last.ckpt")
+    if check or not path.exists():
+        check_checkpoint(path)
     if not path.is_dir():
         return _read(path)
     if is_deepspeed_folder(path):
@@ -182,9 +227,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_step(path: str | os.PathLike[str]) -> int:
-    """The optimiser steps that a checkpoint was taken after; also of a folder that Lightning's own ``ModelParallelStrategy`` wrote."""
+    """The optimiser steps that a checkpoint was taken after; also of a folder that Lightning's own ``ModelParallelStrategy`` wrote.
+
+    The rest of it is not looked at: whoever goes on from there reads it again.
+    """
     lightnings = Path(path) / "meta.pt"
-    return int((_read(lightnings) if lightnings.is_file() else read_checkpoint(path))["global_step"])
+    return int((_read(lightnings) if lightnings.is_file() else read_checkpoint(path, check=False))["global_step"])
 
 
 def in_memory(tree: Any) -> Any:
@@ -205,6 +253,7 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file that torch did not write fails in many ways
+        check_sealed(path, advice(path))
         raise ConfigError(f"{path} is not a checkpoint of tensors and primitives: {in_one_line(error)}") from error
 
 

@@ -78,16 +78,11 @@ def test_opens_again_and_checks_the_discriminator(bank):
         ExpertBank(bank.folder, "other")
 
 
-def test_a_bank_of_an_earlier_version_opens(bank):
-    import pyarrow as pa
-
-    with pa.OSFile(str(bank.folder / "index.arrow"), "rb") as source:
-        index = pa.ipc.open_file(source).read_all().replace_schema_metadata(None).to_batches()[0]
-    with pa.OSFile(str(bank.folder / "index.arrow"), "wb") as sink, pa.ipc.new_file(sink, index.schema) as writer:
-        writer.write_batch(index)
-    again = ExpertBank(bank.folder)
-    assert len(again) == 11
-    assert again.experts(record(9)) == ["One 9. Two."]
+def test_a_bank_of_an_earlier_version_is_refused(bank):
+    stamp = bank.folder / "bank.json"
+    stamp.write_text(json.dumps({key: value for key, value in json.loads(stamp.read_text()).items() if key not in ("sha256", "index")}))
+    with pytest.raises(ConfigError, match=r"of an earlier version.*build the bank again"):
+        ExpertBank(bank.folder)
 
 
 def test_thinking_and_whole_responses(tmp_path):
@@ -123,18 +118,49 @@ def test_damage(bank, tmp_path):
     stamp = bank.folder / "bank.json"
     good = stamp.read_text()
     stamp.write_text(json.dumps(json.loads(good) | {"rows": 5}))
-    with pytest.raises(ConfigError, match="disagree"):
+    with pytest.raises(ConfigError, match="damaged"):
         ExpertBank(bank.folder)
     stamp.write_text("{}")
     with pytest.raises(ConfigError, match="damaged"):
         ExpertBank(bank.folder)
     stamp.write_text(good)
     (bank.folder / "experts.arrow").write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match=r"experts.arrow is missing or damaged"):
+    with pytest.raises(ConfigError, match=r"experts.arrow is damaged"):
         ExpertBank(bank.folder)
     (bank.folder / "index.arrow").unlink()
-    with pytest.raises(ConfigError, match="missing or damaged"):
+    with pytest.raises(ConfigError, match=r"index.arrow is missing"):
         ExpertBank(bank.folder)
+
+
+def test_every_flipped_bit_is_found_at_the_latest_when_it_is_touched(bank):
+    """Every place of every file: on opening, or when the record is looked up whose batch holds it."""
+    for name in ("bank.json", "index.arrow", "experts.arrow"):
+        path = bank.folder / name
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 13):
+            content = bytearray(whole)
+            content[place] ^= 1 << place % 8
+            path.write_bytes(content)
+            with pytest.raises(ConfigError, match=rf"{name} is damaged.*build the bank again"):
+                look_at_all(ExpertBank(bank.folder))
+        path.write_bytes(whole)
+    assert look_at_all(ExpertBank(bank.folder)) == 10
+
+
+def look_at_all(bank):
+    return sum(bool(bank.experts(record(i))) and bank.expert_logits(record(i)) is not None for i in range(10))
+
+
+def test_a_look_up_checks_what_it_touches_and_nothing_else(tmp_path):
+    bank = ExpertBank.build(tmp_path / "bank", [record(i) for i in range(12)], CountingJudge(), batch_size=4)
+    content = bytearray((bank.folder / "experts.arrow").read_bytes())
+    content[content.rindex(b"One 11.")] ^= 1
+    (bank.folder / "experts.arrow").write_bytes(content)
+    again = ExpertBank(bank.folder)
+    assert again.experts(record(3)) == ["One 3. Two."]
+    for _ in range(2):  # damaged stays damaged
+        with pytest.raises(ConfigError, match=r"experts.arrow is damaged: bytes \d+ to \d+ are not those that were written"):
+            again.expert_logits(record(9))
 
 
 def test_rows_stay_on_disk(tmp_path):
