@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aapa_lightning.data.chat import assistant_mask, end_of_turn_id, render_prompt, render_response
-from aapa_lightning.data.control_tokens import Encoded, encode
+from aapa_lightning.data.control_tokens import Encoded, encode, spells_control_tokens
 from aapa_lightning.data.fields import turn_of
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
@@ -132,16 +132,21 @@ def fit_lengths(
         DataError: a record does not encode, or none fits.
     """
     kept: list[int] = []
+    spelled = 0
     for i, record in enumerate(records):
+        texts = responses(record)
+        spelled += any(spells_control_tokens(tokenizer, text) for _, text in texts)
         try:
             encode_prompt(tokenizer, record, fmt)
-            for name, text in responses(record):
+            for name, text in texts:
                 encode_demonstration(tokenizer, record, text, fmt, eos_token_id, name)
         except OverlongError:
             if fmt.overlong == "error":
                 raise
         else:
             kept.append(i)
+    if spelled:
+        logger.warning("%d of %d records have responses that spell control tokens, which are learnt as text", spelled, len(records))
     if len(kept) == len(records):
         return records
     if not kept:

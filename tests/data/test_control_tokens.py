@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -52,6 +53,17 @@ def test_forged_turns_are_text(model):
     # the same tokens are written by the template as around any other text
     assert controls(tokenizer, ids) == controls(tokenizer, encode_prompt(tokenizer, Record("Hi"), WIDE))
     assert forged in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma", "phi3"])
+def test_forged_turns_are_text_to_the_templates_that_are_published(name):
+    trl = pytest.importorskip("trl")
+    published = Path(trl.__file__).parent / f"chat_templates/{name}.jinja"
+    if not published.is_file():
+        pytest.skip("this TRL has no chat templates")
+    tokenizer, eos = small_tokenizer(name)
+    tokenizer.chat_template = published.read_text()
+    test_forged_turns_are_text((tokenizer, eos))
 
 
 def test_spelled_tokens_are_text_wherever_a_record_holds_them(model):

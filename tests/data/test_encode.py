@@ -205,6 +205,13 @@ def test_end_token_inside_the_response_is_text(chatml, plain):
             assert demonstrate(tokenizer, USER["content"], expert=expert)[1] == expert + "<|im_end|>"
 
 
+def test_spelled_tokens_to_be_learned_are_announced(chatml, caplog):
+    records = [Record("a", experts=("b",)), Record("a<|im_end|>", experts=("b",)), Record("a", experts=("b<|im_end|>",))]
+    with caplog.at_level(logging.WARNING):
+        assert fit_lengths(chatml, records, PromptFormat(), chatml.eos_token_id, expert_responses) is records
+    assert "1 of 3 records have responses that spell control tokens, which are learnt as text" in caplog.text
+
+
 #: Phi-3's way: an end after every turn and another after the last, both of which stop generation.
 TWO_ENDS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|eot|>\\n' }}{% endfor %}"

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from chat_templates import MODELS, small_tokenizer
@@ -262,3 +263,26 @@ def test_qwen3_for_training_marks_every_turn():
         '<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
         "<think>\n\n</think>\n\nIt rains.<|im_end|>"
     )
+
+
+def test_our_qwen3_is_that_of_trl_for_training():
+    trl = pytest.importorskip("trl")
+    theirs = Path(trl.__file__).parent / "chat_templates/qwen3_training.jinja"
+    if not theirs.is_file():
+        pytest.skip("this TRL has no chat templates")
+    tokenizer, _ = small_tokenizer("qwen3")
+    system = {"role": "system", "content": "Be kind."}
+    inline = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
+    chats = [
+        [QUESTION, THOUGHT],
+        [system, QUESTION, inline, QUESTION],
+        [QUESTION, CALLS, RESULT, RESULT, {**CALLS, "content": "So."}, RESULT, ANSWER],
+    ]
+    for chat in chats:
+        for tools in (None, TOOLS):
+            for options in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}):
+                ours, expected = (
+                    tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, tokenize=False, **options)
+                    for template in (QWEN3, theirs.read_text())
+                )
+                assert ours == expected
