@@ -13,7 +13,22 @@ Overlong = Literal["error", "drop"]
 AssistantTurns = Literal["last", "all"]
 
 #: Arguments of ``apply_chat_template`` that the encoder sets itself.
-RESERVED = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_assistant_tokens_mask"}
+RESERVED = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
 
 
 @dataclass(frozen=True)

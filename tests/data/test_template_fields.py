@@ -93,8 +93,9 @@ def test_options_of_a_row_win_over_the_formats():
     record = parse_record({"messages": [QUESTION], "chat_template_kwargs": '{"enable_thinking": false}'}, "d:1")
     fmt = PromptFormat(chat_template_kwargs={"enable_thinking": True})
     assert TOKENIZER.decode(encode_prompt(TOKENIZER, record, fmt)).endswith("<think>\n\n</think>\n\n")
-    with pytest.raises(DataError, match=r"d:1: chat_template_kwargs cannot set \['tokenize'\]"):
-        encode_prompt(TOKENIZER, parse_record({"messages": [QUESTION], "chat_template_kwargs": {"tokenize": True}}, "d:1"), fmt)
+    for name in ("tokenize", "chat_template", "messages"):  # a row brings no template of its own, which could write control tokens
+        with pytest.raises(DataError, match=rf"d:1: chat_template_kwargs cannot set \['{name}'\]"):
+            encode_prompt(TOKENIZER, parse_record({"messages": [QUESTION], "chat_template_kwargs": {name: "x"}}, "d:1"), fmt)
     for value, message in (([1], "must be an object, found list"), ("{", "is text but not JSON")):
         with pytest.raises(DataError, match=f"d:1: 'chat_template_kwargs' {message}"):
             parse_record({"messages": [QUESTION], "chat_template_kwargs": value}, "d:1")
