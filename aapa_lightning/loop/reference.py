@@ -90,7 +90,8 @@ class ReferenceCache:
             )
         tensors = read_tensors(self.folder / "reference.safetensors")
         keys, values = tensors.get("keys", torch.zeros(0)), tensors.get("logprobs", torch.zeros(0))
-        if keys.dtype != torch.uint8 or keys.shape != (len(values), _KEY_BYTES) or values.shape != (len(values),):
+        sound = keys.dtype == torch.uint8 and keys.shape == (len(values), _KEY_BYTES) and values.shape == (len(values),)
+        if not sound or not torch.equal(tensors.get("sha256", torch.zeros(0)), _digest(keys, values)):
             raise ConfigError(f"{self.folder / 'reference.safetensors'} is damaged; remove the folder, and it is made again")
         self._sums = {bytes(key): value for key, value in zip(keys.numpy(), values.tolist(), strict=True)}
 
@@ -153,8 +154,13 @@ class ReferenceCache:
         keys = torch.frombuffer(bytearray(b"".join(key for key, _ in entries)), dtype=torch.uint8).view(-1, _KEY_BYTES)
         values = torch.tensor([value for _, value in entries], dtype=torch.float32)
         # the fingerprint last: a folder without one is made again
-        write_tensors(self.folder / "reference.safetensors", {"keys": keys, "logprobs": values})
+        write_tensors(self.folder / "reference.safetensors", {"keys": keys, "logprobs": values, "sha256": _digest(keys, values)})
         write_json(self.folder / "reference.json", {"fingerprint": self.fingerprint, "responses": len(entries), "unit": "nats"})
+
+
+def _digest(keys: Tensor, values: Tensor) -> Tensor:
+    """SHA-256 of a cache's entries, uint8 ``[32]``: a flipped bit must not become another loss."""
+    return torch.frombuffer(bytearray(hashlib.sha256(keys.numpy().tobytes() + values.numpy().tobytes()).digest()), dtype=torch.uint8)
 
 
 class ReferencePolicy:

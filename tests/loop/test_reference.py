@@ -178,7 +178,14 @@ def _other_count(folder):
     write_tensors(folder / "reference.safetensors", tensors | {"logprobs": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("damage", [_cut, _lost, _not_json, _no_keys, _other_keys, _other_count])
+def _flipped(folder):
+    content = bytearray((folder / "reference.safetensors").read_bytes())
+    value = read_tensors(folder / "reference.safetensors")["logprobs"].numpy().tobytes()
+    content[content.index(value)] ^= 1  # the last digit of a log-prob
+    (folder / "reference.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_cut, _lost, _not_json, _no_keys, _other_keys, _other_count, _flipped])
 def test_a_damaged_folder_is_refused_and_named(model, tmp_path, damage):
     ReferenceCache(tmp_path, model).fill(make_rows(2), Counting(), batch_size=2)
     damage(tmp_path)
