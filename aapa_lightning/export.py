@@ -15,11 +15,16 @@ from aapa_lightning.adapters import adapter_names, has_adapters
 from aapa_lightning.adapters.quantization import is_quantized
 from aapa_lightning.adapters.weights import adapter_base, assembled, merged_model, save_adapter
 from aapa_lightning.errors import ConfigError, in_one_line
+from aapa_lightning.files import whole_folder
 from aapa_lightning.policy import PolicySpec, load_policy, load_tokenizer
 from aapa_lightning.sharding.files import in_memory, is_checkpoint_folder, is_deepspeed_folder, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: Files of an earlier export that must not lie beside a new one: transformers would read them in its place.
+STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 
 
 def policy_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +150,9 @@ def save_adapters(model: Any, tokenizer: PreTrainedTokenizerBase, out: str | Pat
     if spec.model is None or adapter_base(spec.model, spec.revision) is not None:
         below = "random weights" if spec.model is None else f"{spec.model} with its own adapters merged"
         raise ConfigError(f"export: the adapters lie on {below}, which no folder holds; leave --adapter out to write them merged")
-    save_adapter(model, out, spec.model, spec.revision)
-    tokenizer.save_pretrained(out)
+    with whole_folder(out, STALE) as folder:
+        save_adapter(model, folder, spec.model, spec.revision)
+        tokenizer.save_pretrained(folder)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 def save_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write model and tokenizer as a Hugging Face folder; ``state`` is the model's whole state dictionary where its own is sharded.
+    """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``state`` is the whole state dictionary of a sharded model.
 
     Warns when the folder's tokenizer would not be this one: transformers picks the tokenizer's class by the model's type for some types,
     and then reads the same files differently. Warns also of a generation config that transformers refuses to write.
@@ -168,9 +174,10 @@ def save_policy(
     from transformers import AutoTokenizer
 
     _mend_generation_config(model)
-    model.save_pretrained(out, state_dict=state)
-    tokenizer.save_pretrained(out)
-    saved = AutoTokenizer.from_pretrained(out)
+    with whole_folder(out, STALE) as folder:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        saved = AutoTokenizer.from_pretrained(folder)
     if saved.get_vocab() != tokenizer.get_vocab() or _pre_tokenizer(saved) != _pre_tokenizer(tokenizer):
         warnings.warn(
             f"{out} will not be read back with the tokenizer it was trained with: transformers takes {type(saved).__name__} for "

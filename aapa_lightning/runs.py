@@ -10,13 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-from aapa_lightning.files import atomic_write
+from aapa_lightning.errors import ConfigError
+from aapa_lightning.files import atomic_write, sweep
+from aapa_lightning.sharding.files import clean
+from aapa_lightning.system import writing
 
 Row = dict[str, str]
+#: Key under which a run's checkpoints keep its configuration, as YAML.
+KEPT = "aapa_config"
+_MOVE_AWAY = "expected the metrics that a run writes; move it away, or put the file back as it was"
 
 
 def last_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
@@ -24,9 +31,92 @@ def last_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir) / "checkpoints" / "last.ckpt"
 
 
+def find_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """A run's last checkpoint, or None where it has none yet.
+
+    Raises:
+        ConfigError: it is a link to a folder that is not there, as in a copy without hidden folders.
+    """
+    last = last_checkpoint(run_dir)
+    if last.exists():
+        return last
+    if last.is_symlink():
+        raise ConfigError(
+            f"{last} leads to {os.readlink(last)}, which is not there: a sharded checkpoint lies in a hidden folder beside its link; copy "
+            "the folder of the run again with all that is hidden in it (cp -a), or name another checkpoint with --ckpt_path"
+        )
+    return None
+
+
 def holds_run(run_dir: Path) -> bool:
-    """Whether the folder has anything but the configuration and an empty log, which a run that failed early leaves."""
-    return run_dir.exists() and any(path.name not in ("config.yaml", "tensorboard") for path in run_dir.iterdir())
+    """Whether the folder has anything but the configuration, an empty log and hidden files, which a run that failed early leaves."""
+    return run_dir.is_dir() and any(path.name not in ("config.yaml", "tensorboard") and path.name[0] != "." for path in run_dir.iterdir())
+
+
+def check_beginning(run_dir: Path) -> None:
+    """Refuse ``--resume`` of a run without a checkpoint, unless it was stopped before its first.
+
+    Raises:
+        ConfigError: no run has begun there; or its checkpoints are gone, and starting anew would write over what it made.
+    """
+    last = last_checkpoint(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise ConfigError(f"--resume: no checkpoint at {last}, and no run that has begun; leave --resume out to start it")
+    made = [path for path in (*sorted(last.parent.glob("*.ckpt")), run_dir / "export") if os.path.lexists(path)]
+    if made:
+        raise ConfigError(
+            f"--resume: no checkpoint at {last}, but the run has made {made[0]}, which starting anew would write over; name a checkpoint "
+            "with --ckpt_path, put last.ckpt back, or choose another folder with --run_dir"
+        )
+
+
+def sweep_run(run_dir: Path) -> None:
+    """Remove what killed processes left in a run's folder: temporary files, parts of responses, replaced checkpoint folders."""
+    for folder, below, _ in os.walk(run_dir):
+        sweep(Path(folder))
+        below[:] = [name for name in below if not name.startswith(".")]
+    for part in run_dir.glob(".responses.jsonl.rank*"):
+        part.unlink(missing_ok=True)
+    for link in last_checkpoint(run_dir).parent.glob("*.ckpt"):
+        if link.is_symlink() and link.exists():
+            clean(link)
+
+
+class RunBoard(TensorBoardLogger):
+    """TensorBoard's files of a run, of which a start that fails writes none: nothing is on disk before ``begin``."""
+
+    _begun = False
+    _held: tuple[Any, ...] | None = None
+
+    @property
+    @override
+    def experiment(self) -> Any:
+        """TensorBoard's writer; before ``begin``, when the Trainer asks all loggers for theirs, one that writes nothing."""
+        return super().experiment if self._begun else _DummyExperiment()
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Write from now on, first what was held back."""
+        self._begun = True
+        if self._held is not None:
+            super().log_hyperparams(*self._held)
+            self._held = None
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Record hyper-parameters, or hold them back."""
+        if self._begun:
+            super().log_hyperparams(params, metrics, step)
+        else:
+            self._held = (params, metrics, step)
+
+    @override
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is buffered."""
+        if self._begun:
+            super().save()
 
 
 class MetricsCSV(Logger):
@@ -89,14 +179,22 @@ class MetricsCSV(Logger):
             self._widen(row)
 
     @rank_zero_only
+    def check(self) -> None:
+        """Raise ConfigError for a file that cannot be gone on with, before anything is written."""
+        if os.path.lexists(self.path):
+            read_rows(self.path)
+
+    @rank_zero_only
     def trim(self, step: int) -> None:
         """Keep the rows of the first ``step`` optimiser steps; drop later ones and a half-written last line."""
         if self.path.exists():
             self._columns, rows = read_rows(self.path)
             self._rewrite([row for row in rows if int(row["step"]) < step])
+        if step and not self._last and (self.path.parent / "config.yaml").exists():  # not where a run goes on from another's checkpoint
+            rank_zero_warn(f"{self.path}: the rows of the {step} steps before this resume are gone; it begins with the next")
 
     def _write(self, row: Row, replace: bool) -> None:
-        with open(self.path, "r+b", buffering=0) as file:
+        with writing(self.path), open(self.path, "r+b", buffering=0) as file:
             offset = file.seek(self._last_offset) if replace else file.seek(0, os.SEEK_END)
             file.write(_line([row.get(key, "") for key in self._columns]))
             file.truncate()
@@ -120,17 +218,25 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[str], list[Row]]:
     """Columns and whole rows of a metrics file; a line cut short by a kill is left out.
 
     Raises:
-        ValueError: the file does not start with a ``step`` column.
+        ConfigError: the file cannot be read, does not start with a ``step`` column, or holds other lines than rows.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(io.StringIO(whole)))
+    try:
+        content = Path(path).read_bytes()
+        text = content[: content.rfind(b"\n") + 1].decode()
+        lines = list(csv.reader(io.StringIO(text)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}); {_MOVE_AWAY}") from error
     if not lines:
         return ["step"], []
-    if lines[0][:1] != ["step"]:
-        raise ValueError(f"{path}: expected a first column named step, found {lines[0][:3]}")
-    columns = lines[0]
-    return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:] if len(line) == len(columns) and line[0].isdigit()]
+    columns, *rows = lines[0], *filter(None, lines[1:])
+    if columns[0] != "step":
+        raise ConfigError(f"{path}: expected a first column named step, found {str(columns[:3])[:200]}; {_MOVE_AWAY}")
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(columns) or not (row[0].isascii() and row[0].isdecimal()):
+            raise ConfigError(
+                f"{path}: line {number}: expected {len(columns)} values, the first a step, found {str(row)[:200]}; remove the line"
+            )
+    return columns, [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _line(fields: list[str]) -> bytes:

@@ -152,6 +152,7 @@ def test_resume_without_a_checkpoint_is_a_mistake(capsys):
 STOPS = {
     "killed": ({"KILL_AT": "5"}, -signal.SIGKILL, ""),
     "killed in validation": ({"KILL_IN_VALIDATION_AT": "4"}, -signal.SIGKILL, ""),
+    "killed between a checkpoint and the log": ({"KILL_AT": "7"}, -signal.SIGKILL, ""),
     "killed before a checkpoint": ({"KILL_AT": "2"}, -signal.SIGKILL, ""),
     "terminated": ({"KILL_AT": "5", "SIGNAL": str(int(signal.SIGTERM))}, 143, "aapa: terminated"),
     "interrupted": ({"KILL_AT": "5", "SIGNAL": str(int(signal.SIGINT))}, 130, "aapa: interrupted"),

@@ -39,20 +39,27 @@ def fit(tmp_path):
 
 @pytest.fixture
 def refused(fit, tmp_path, capsys):
-    """``refused(words, *parts)``: fit ends with code 2 and one message that holds all parts, and has trained nothing."""
+    """``refused(words, *parts)``: fit ends with code 2 and one message that holds all parts, and has written nothing."""
 
     def check(words: list[str], *parts: str) -> str:
         capsys.readouterr()
+        before = contents(tmp_path / "run")
         assert fit(*words) == 2
         output = capsys.readouterr().err
         message = output[output.index("aapa: error: ") :]
         assert "Traceback" not in output
         assert [part for part in parts if part.format(tmp=tmp_path) not in message] == [], message
-        assert not (tmp_path / "run" / "checkpoints").exists()
-        assert not (tmp_path / "run" / "metrics.csv").exists()
+        assert contents(tmp_path / "run") == before
         return message
 
     return check
+
+
+def contents(folder: Path) -> dict[str, bytes] | None:
+    """What lies in a folder, by name; None where there is none."""
+    if not folder.exists():
+        return None
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
 
 
 def write(path: Path, *rows: dict | str) -> None:
@@ -303,6 +310,9 @@ def test_an_existing_run_and_another_discriminator(fit, capsys, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes() == saved
 
 
-def test_a_failed_start_leaves_the_folder_free(fit, refused):
+def test_a_failed_start_leaves_the_folder_free_and_a_refused_resume_the_run_as_it_was(fit, refused):
     refused(["grpo", "--model.group_size=1"])
     assert fit("grpo") == 0
+    refused(["grpo", "--resume", "--model.prompts_per_window=8", "--trainer.max_steps=2"], "prompts 4 -> 8")
+    refused(["sft", "--resume", "--trainer.max_steps=2"])
+    assert fit("grpo", "--resume", "--trainer.max_steps=2") == 0

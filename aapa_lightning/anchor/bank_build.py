@@ -22,7 +22,8 @@ from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.digests import file_digest, range_digests, read_sealed_json, write_sealed_json
 from aapa_lightning.errors import ConfigError, DataError
-from aapa_lightning.files import write_text
+from aapa_lightning.files import replace_folder, write_text
+from aapa_lightning.system import make_folder, writing
 from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Record
 
@@ -110,7 +111,8 @@ def build_parts(
         "rows": total,
         "shards": count,
     }
-    writer.folder.mkdir(parents=True, exist_ok=True)
+    with writing(writer.folder):
+        make_folder(writer.folder)
     begin, end = total * (number - 1) // count, total * number // count
     ranges = (range(start, min(start + step, end)) for start in range(begin, end, step))
     with _locked(writer.folder):
@@ -259,9 +261,7 @@ def join_shards(target: Path, count: int) -> None:
     rows = stream(joined, [part for folder in folders for part in sorted(folder.glob("part-*.arrow"))])
     stamp = {name: notes[0][name] for name in ("fingerprint", "cross_fitted", "segmenter")}
     write_sealed_json(joined / STAMP, {**stamp, "rows": rows, "index": file_digest(joined / INDEX)})
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(joined, target)
+    replace_folder(joined, target)
     for folder in folders:
         shutil.rmtree(folder)
 

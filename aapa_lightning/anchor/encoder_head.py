@@ -23,7 +23,7 @@ from aapa_lightning.anchor.segment import SEGMENTER_VERSION, Segmenter, segment_
 from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
 from aapa_lightning.errors import ConfigError, DataError
-from aapa_lightning.files import write_json
+from aapa_lightning.files import whole_folder, write_json
 from aapa_lightning.types import Record, SentenceSpans
 
 HEAD_FILE = "head.safetensors"
@@ -148,7 +148,6 @@ class EncoderHeadDiscriminator(Discriminator):
     def save(self, folder: Path) -> None:
         """Write ``head.safetensors`` and ``discriminator.json``; the encoder is referred to by path, relative when inside ``folder``."""
         folder = Path(folder)
-        write_tensors(folder / HEAD_FILE, self.head.state_dict())
         settings = {
             "class": "encoder_head",
             "encoder": _portable(self.encoder.path, folder),
@@ -161,7 +160,9 @@ class EncoderHeadDiscriminator(Discriminator):
             "fingerprint": self.fingerprint(),
             "metrics": self.metrics,
         }
-        write_json(folder / "discriminator.json", settings)
+        with whole_folder(folder) as new:
+            write_tensors(new / HEAD_FILE, self.head.state_dict())
+            write_json(new / "discriminator.json", settings)
 
     @classmethod
     def load(cls, folder: Path, *, encoder: str | None = None, trust_remote_code: bool = False) -> Self:

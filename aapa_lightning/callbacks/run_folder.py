@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import atomic_write, write_text
-from aapa_lightning.runs import MetricsCSV
+from aapa_lightning.runs import KEPT, MetricsCSV, RunBoard
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -84,7 +84,10 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class RunFolder(Callback):
-    """Writes ``config.yaml`` before training and keeps ``metrics.csv`` in step with the checkpoints.
+    """Writes ``config.yaml`` once the run is accepted and keeps ``metrics.csv`` in step with the checkpoints.
+
+    Nothing is written before models, data and checkpoint are loaded and checked, so that a start that is refused leaves the folder as it
+    was.
 
     Args:
         run_dir: the run's folder.
@@ -97,15 +100,14 @@ class RunFolder(Callback):
         self._resumed = False
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            write_text(self.run_dir / "config.yaml", self.config)
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.trim(trainer.global_step)
+            elif isinstance(logger, RunBoard):
+                logger.begin()
+        if trainer.is_global_zero:
+            write_text(self.run_dir / "config.yaml", self.config)
         self._resumed = trainer.global_step > 0
 
     @override
@@ -118,12 +120,14 @@ class RunFolder(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEPT] = self.config
         if trainer.training and trainer._results is not None and trainer._logger_connector._first_loop_iter is not None:
             # Lightning logs a step after its checkpoint; logged here first, and merged into the same row then.
             metrics = trainer._results.metrics(on_step=True)["log"]
+            row = {key: value.item() for key, value in metrics.items()} | {"epoch": trainer.current_epoch}
             for logger in trainer.loggers:
                 if metrics and isinstance(logger, MetricsCSV):
-                    logger.log_metrics({key: value.item() for key, value in metrics.items()}, step=trainer.global_step - 1)
+                    logger.log_metrics(row, step=trainer.global_step - 1)
 
 
 class ResponseWriter(Callback):

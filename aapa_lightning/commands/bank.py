@@ -44,11 +44,13 @@ def run(args: argparse.Namespace) -> int:
     from aapa_lightning.anchor.bank import ExpertBank
     from aapa_lightning.anchor.bank_build import build_parts
     from aapa_lightning.errors import ConfigError
+    from aapa_lightning.system import check_folder
 
     if args.action == "join":
         if args.shards < 1:
             raise ConfigError(f"--shards: expected a whole number above 0, found {args.shards}")
         return _report(ExpertBank.join(args.out, args.shards), args.out)
+    check_folder(args.out)
     shard = _shard(args.shard)
     devices = pick_devices(args.device, args.devices)
     if args.batch_size < 1:

@@ -65,12 +65,14 @@ def _synthetic(args: argparse.Namespace) -> int:
 def _tokenizer(args: argparse.Namespace) -> int:
     from aapa_lightning.data.records import prompt_text, read_records
     from aapa_lightning.data.tokenizer import train_tokenizer
+    from aapa_lightning.files import whole_folder
 
     columns = parse_columns(args.column)
     records = (record for path in args.paths for record in read_records(path, experts=args.experts, columns=columns))
     texts = (text for record in records for text in (prompt_text(record.prompt), *record.experts))
     tokenizer = train_tokenizer(texts, args.vocab_size)
-    tokenizer.save_pretrained(args.out)
+    with whole_folder(args.out) as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer)} tokens, written to {args.out}")
     return 0
 

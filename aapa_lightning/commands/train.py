@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
@@ -23,18 +26,22 @@ from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, R
 from aapa_lightning.callbacks.samples import SampleWriter
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.cli import TRAINER_COMMANDS
+from aapa_lightning.commands import resume
 from aapa_lightning.commands.config_files import names_data_class
 from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs, tell_numbers_apart
 from aapa_lightning.errors import ConfigError, users_cause
 from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
+from aapa_lightning.locks import hold
 from aapa_lightning.modules.inference import InferenceModule
-from aapa_lightning.runs import MetricsCSV, holds_run, last_checkpoint
-from aapa_lightning.sharding.files import read_step
+from aapa_lightning.runs import KEPT, MetricsCSV, RunBoard, check_beginning, find_checkpoint, holds_run, last_checkpoint, sweep_run
 from aapa_lightning.strategies import FSDP2Strategy  # noqa: F401 - registers itself as fsdp2
+from aapa_lightning.system import refusal, writing
 
 #: The data module of a configuration that names none.
 DEFAULT_DATA = {"class_path": "aapa_lightning.data.datamodule.AapaDataModule"}
+#: How torch begins to say that a state does not fit.
+_OTHER_STATE = r"Error\(s\) in loading state_dict for \w+:|(?=loaded state dict (has a different|contains a parameter group))"
 #: Keys of one command's call, left out of the saved configuration so that every command reads it.
 CALL_KEYS = ("config", "resume", "test", "ckpt_path", "weights_only", "verbose", "return_predictions")
 
@@ -64,21 +71,40 @@ class AapaCLI(LightningCLI):
         self._arguments = arguments
         tell_numbers_apart()
         descriptions = {name: parser_kwargs(name) for name in TRAINER_COMMANDS}
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            save_config_callback=None,
-            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"prog": "aapa", **(descriptions if run else {})},
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=arguments,
-            run=run,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        with ExitStack() as self._held, self._users_errors():
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                save_config_callback=None,
+                trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={"prog": "aapa", **(descriptions if run else {})},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=arguments,
+                run=run,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+
+    @contextmanager
+    def _users_errors(self) -> Iterator[None]:
+        """Say in one line that the run's folder could not be written, whoever tried, or that a checkpoint is another model's."""
+        try:
+            yield
+        except Exception as error:
+            run_dir, checkpoint = getattr(self, "run_dir", None), getattr(self, "checkpoint", None)
+            if checkpoint is not None and (found := re.match(_OTHER_STATE, str(error))):
+                what = " ".join(str(error)[found.end() :].split())
+                raise ConfigError(
+                    f"{checkpoint} holds the state of another model or optimiser ({what[:300]}); set it as in the config.yaml of the "
+                    "run that wrote it"
+                ) from error
+            if run_dir is None or users_cause(error) is not error or refusal(error, run_dir) is None:
+                raise
+            with writing(run_dir, run_dir):
+                raise
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -112,10 +138,15 @@ class AapaCLI(LightningCLI):
         self.run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir())
         self.resume = bool(self._get(self.config, "resume", False))
         self.checkpoint = self._get(self.config, "ckpt_path")
+        self._step = 0
+        if self.subcommand and not self._dry and first_process():
+            self._enter()
         if self.subcommand == "fit":
             self._claim()
-        elif self.subcommand and self.checkpoint is None and last_checkpoint(self.run_dir).exists():
-            self.checkpoint = str(last_checkpoint(self.run_dir))
+        elif self.subcommand and self.checkpoint is None and (last := find_checkpoint(self.run_dir)):
+            self.checkpoint = str(last)
+        if self.subcommand and self.checkpoint is not None:
+            self._read(self.checkpoint)
         if self.subcommand not in (None, "fit") and not _get_rank():
             print(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
 
@@ -125,21 +156,35 @@ class AapaCLI(LightningCLI):
         anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in callbacks)
         return f"runs/{'aapa-' if anchored else ''}{name}"
 
+    def _enter(self) -> None:
+        """Be the only process that runs this command in the folder, and remove what a killed one left there."""
+        mend = "wait for it, end it, or choose another folder with --run_dir"
+        self._held.enter_context(hold(self.run_dir / f".{self.subcommand}.lock", ["aapa", *self._arguments], mend))
+        sweep_run(self.run_dir)
+
     def _claim(self) -> None:
         """Refuse a folder that holds another run; find the checkpoint to continue, if the run has come so far."""
         if self.resume:
-            last = last_checkpoint(self.run_dir)
-            if self.checkpoint is None and last.exists():
+            if self.checkpoint is None and (last := find_checkpoint(self.run_dir)):
                 self.checkpoint = str(last)
             if self.checkpoint is None:
-                if not (self.run_dir / "config.yaml").exists():
-                    raise ConfigError(f"--resume: no checkpoint at {last}, and no run that has begun; leave --resume out to start it")
+                check_beginning(self.run_dir)
                 if not _get_rank():
                     print(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the beginning")
-        elif not _get_rank() and not self._dry and holds_run(self.run_dir):
+            MetricsCSV(self.run_dir).check()
+        elif first_process() and not self._dry and holds_run(self.run_dir):
             raise ConfigError(
                 f"{self.run_dir} already holds a run; continue it with --resume, choose another folder with --run_dir, or remove it"
             )
+
+    def _read(self, checkpoint: str) -> None:
+        """Refuse a checkpoint that is none; in training also what would make another run of it, and tell what else has changed."""
+        training = self.subcommand == "fit"
+        saved = resume.read_run(checkpoint, training=training)
+        self._step = int(saved["global_step"])
+        changed = resume.compare(saved.get(KEPT), self._resolved()) if training else []
+        if changed and not _get_rank():
+            print(f"resume: changed since the checkpoint, and counts from step {self._step} on: {', '.join(changed)}")
 
     @property
     def _dry(self) -> bool:
@@ -176,8 +221,8 @@ class AapaCLI(LightningCLI):
             return False
         ours: list[Logger] = [MetricsCSV(self.run_dir)]
         if chosen in (None, True) and RequirementCache("tensorboard"):
-            purge: dict[str, Any] = {"purge_step": read_step(self.checkpoint) if self.checkpoint else 0} if self.resume else {}
-            ours.append(TensorBoardLogger(self.run_dir, name="tensorboard", version="", **purge))
+            purge: dict[str, Any] = {"purge_step": self._step} if self.resume else {}
+            ours.append(RunBoard(self.run_dir, name="tensorboard", version="", **purge))
         if chosen in (None, True):
             return ours
         return ours + as_list(chosen)
@@ -242,6 +287,11 @@ class AapaCLI(LightningCLI):
     def _write_metrics(self, name: str, results: Any) -> None:
         if self.trainer.is_global_zero and not self._dry:
             write_json(self.run_dir / name, {key: float(value) for row in results for key, value in row.items()})
+
+
+def first_process() -> bool:
+    """Whether this is the first process of the run: rank 0, or the one that starts the other ranks."""
+    return not _get_rank() and not int(os.environ.get("NODE_RANK") or 0)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from aapa_lightning.data.jsonl import write_jsonl
 from aapa_lightning.data.world_grammar import ADJECTIVES, ADVERBS, TIMES, TOPICS, derives, sample_sentence
 from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.files import whole_folder
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.types import Instruction, Record
 
@@ -207,10 +208,11 @@ def write_world(folder: str | Path, *, train: int = 2000, val: int = 200, test: 
     from aapa_lightning.data.tokenizer import train_tokenizer
 
     folder = Path(folder)
-    for split, n in {"train": train, "val": val, "test": test}.items():
-        write_jsonl(folder / f"{split}.jsonl", _rows(generate_records(n, seed, split)))
-    texts = [text for record in generate_records(train, seed, "train") for text in (str(record.prompt), *record.experts)]
-    train_tokenizer(texts, vocab_size, chat_template=None).save_pretrained(folder / "tokenizer")
+    with whole_folder(folder) as new:
+        for split, n in {"train": train, "val": val, "test": test}.items():
+            write_jsonl(new / f"{split}.jsonl", _rows(generate_records(n, seed, split)))
+        texts = [text for record in generate_records(train, seed, "train") for text in (str(record.prompt), *record.experts)]
+        train_tokenizer(texts, vocab_size, chat_template=None).save_pretrained(new / "tokenizer")
     return folder
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aapa_lightning.data.fingerprint import fingerprint
 from aapa_lightning.errors import DataError
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.types import Record
@@ -32,6 +35,11 @@ class RecordStream:
         self.records = records
         self.seed = seed
         self._passes: dict[int, Tensor] = {}
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Number and digest of the records, see ``data.fingerprint``."""
+        return fingerprint(self.records)
 
     def __len__(self) -> int:
         """Length of one pass."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from aapa_lightning.data.fingerprint import check_data
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.plan import WindowPlan
+
+NO_ROLLOUTS = (
+    "resume: the checkpoint lies inside a window but does not hold its rollouts (it was saved while an exception was under way); resume "
+    "from an earlier checkpoint"
+)
 
 
 def rewind_progress(checkpoint: dict[str, Any], accumulate: int, epoch: float | None = None) -> None:
@@ -88,3 +96,44 @@ def check_plan(saved: dict[str, int], plan: WindowPlan, inside_window: bool) -> 
     if changed:
         where = "inside a window" if inside_window else "at a window boundary (where devices and accumulation may change)"
         raise ConfigError(f"resume: the checkpoint was taken {where} with other sizes: {', '.join(changed)}; use the old sizes")
+
+
+def check_resume(saved: Mapping[str, Any], plan: WindowPlan, step: int, seed: int, data: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse to resume with other sizes, another seed or other data: the steps that follow would be those of another run.
+
+    Args:
+        saved: what ``WindowedModule`` keeps in a checkpoint; one of an earlier version says nothing of seed and data.
+        plan: of this run.
+        step: optimiser steps done.
+        seed: of this run.
+        data: its rows by name.
+
+    Raises:
+        ConfigError: one of them is another, or the checkpoint lies inside a window without its rollouts.
+    """
+    inside = plan.locate(step * plan.accumulate)[1] != 0
+    check_plan(saved["plan"], plan, inside_window=inside)
+    if saved.get("seed", seed) != seed:
+        raise ConfigError(f"resume: the run began with seed {saved['seed']}, and this one has {seed}; set model.init_args.seed as it was")
+    check_data(saved.get("data", {}), data, may_grow=not inside)
+    if inside and saved["window"] is None:
+        raise ConfigError(NO_ROLLOUTS)
+
+
+def check_trainer(trainer: Any, plan: WindowPlan, epoch: int) -> None:
+    """Raise ConfigError for settings of the Trainer that do not go with windows; ``epoch`` is the micro-steps of an epoch."""
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ConfigError("GradientAccumulationScheduler changes the window plan during the run; set accumulate_grad_batches instead")
+    limit = trainer.limit_train_batches
+    batches = min(limit, epoch) if isinstance(limit, int) else int(limit * epoch)
+    if batches % plan.accumulate and not trainer.fast_dev_run:
+        raise ConfigError(
+            f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}: it leaves {batches} "
+            "micro-steps an epoch"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+        raise ConfigError(
+            f"val_check_interval={interval} micro-steps is more than the {batches} of an epoch; lower it, or set "
+            "check_val_every_n_epoch to null to count over epochs"
+        )

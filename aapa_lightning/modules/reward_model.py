@@ -16,6 +16,8 @@ from torchmetrics import MeanMetric
 from aapa_lightning.anchor.polar import RewardModelDiscriminator
 from aapa_lightning.data.pairs import require_pairs
 from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.export import STALE
+from aapa_lightning.files import whole_folder
 from aapa_lightning.loop.classifier import load_classifier
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
@@ -281,7 +283,8 @@ class RewardModelModule(WindowedModule):
         """Write model, tokenizer and ``discriminator.json``, on rank 0. All ranks call it together."""
         state = gather_state(self.model)
         if self.trainer.is_global_zero:
-            self.model.save_pretrained(folder, state_dict=state)
-            self.tokenizer.save_pretrained(folder)
-            trust = self.base.trust_remote_code
-            RewardModelDiscriminator(str(folder), **self._settings, trust_remote_code=trust).save(Path(folder))
+            with whole_folder(folder, STALE) as new:
+                self.model.save_pretrained(new, state_dict=state)
+                self.tokenizer.save_pretrained(new)
+                trust = self.base.trust_remote_code
+                RewardModelDiscriminator(str(new), **self._settings, trust_remote_code=trust).save(new)

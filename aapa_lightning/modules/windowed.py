@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,8 +18,17 @@ from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
 from aapa_lightning.loop.terms import LossTerm, total_loss
-from aapa_lightning.modules.checkpointing import check_optimizer, check_plan, gather_over_ranks, rescale_progress, rewind_progress
+from aapa_lightning.modules.checkpointing import (
+    NO_ROLLOUTS,
+    check_optimizer,
+    check_resume,
+    check_trainer,
+    gather_over_ranks,
+    rescale_progress,
+    rewind_progress,
+)
 from aapa_lightning.modules.meter import StepMeter
+from aapa_lightning.modules.optimizing import OptimizerResume
 from aapa_lightning.modules.parallel import engine_of, prepare_engine
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
 from aapa_lightning.modules.term_norms import TermNorms
@@ -86,6 +94,8 @@ class WindowedModule(L.LightningModule):
         self._restored: dict[str, Any] | None = None
         self._meter = StepMeter()
         self._losses_finite = True
+        self._optimizer = OptimizerResume()
+        self._streams: dict[str, RecordStream] = {}
 
     @abstractmethod
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
@@ -123,7 +133,7 @@ class WindowedModule(L.LightningModule):
         """The factory's optimiser over the trainable parameters, and the scheduler per step."""
         try:
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-            scheduler = None if self.lr_scheduler is None else self.lr_scheduler(optimizer)
+            scheduler = self._optimizer.made(optimizer, self.lr_scheduler)
         except ValueError as error:  # their way to refuse an argument
             raise ConfigError(f"model: optimizer or lr_scheduler: {error}") from error
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -138,36 +148,20 @@ class WindowedModule(L.LightningModule):
         """
         trainer = self.trainer
         self.plan = plan
+        used = {"data.train": prompts} if plan.prompts else {}
+        used |= {"data.demonstrations (or train)": demonstrations} if plan.demonstrations else {}
+        self._streams = streams = {name: RecordStream(records, self.seed, name) for name, records in used.items()}
         loader = WindowLoader(
             plan,
             trainer.global_rank,
-            prompts=RecordStream(prompts, self.seed, "data.train") if plan.prompts else None,
-            demonstrations=RecordStream(demonstrations, self.seed, "data.demonstrations (or train)") if plan.demonstrations else None,
+            prompts=streams.get("data.train"),
+            demonstrations=streams.get("data.demonstrations (or train)"),
             position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
         )
-        self._check_trainer(plan, len(loader))
-        return loader
-
-    def _check_trainer(self, plan: WindowPlan, epoch: int) -> None:
-        trainer: Any = self.trainer  # typed as Fabric's shim or the Trainer, which alone has what follows
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-            raise ConfigError("GradientAccumulationScheduler changes the window plan during the run; set accumulate_grad_batches instead")
-        limit = trainer.limit_train_batches
-        batches = min(limit, epoch) if isinstance(limit, int) else int(limit * epoch)
-        if batches % plan.accumulate and not trainer.fast_dev_run:
-            raise ConfigError(
-                f"limit_train_batches={limit} does not divide by accumulate_grad_batches={plan.accumulate}: it leaves {batches} "
-                "micro-steps an epoch"
-            )
-        interval = trainer.val_check_interval
-        if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
-            raise ConfigError(
-                f"val_check_interval={interval} micro-steps is more than the {batches} of an epoch; lower it, or set "
-                "check_val_every_n_epoch to null to count over epochs"
-            )
+        check_trainer(trainer, plan, len(loader))
         if self._restored is not None:
-            position = trainer.global_step * plan.accumulate
-            check_plan(self._restored["plan"], plan, inside_window=plan.locate(position)[1] != 0)
+            check_resume(self._restored, plan, trainer.global_step, self.seed, {name: stream.records for name, stream in streams.items()})
+        return loader
 
     # Training ------------------------------------------------------------------------------------------------------------------------
 
@@ -183,6 +177,7 @@ class WindowedModule(L.LightningModule):
                 f"{type(self).__name__}: expected the training loader that its method train_loader builds, found "
                 f"{type(self.trainer.train_dataloader).__name__}; train with AapaDataModule, or a datamodule that calls train_loader"
             )
+        self._optimizer.apply(self.trainer, self.lr_scheduler)
         self._window = None
         self._meter = StepMeter()
         self._term_norms = TermNorms(self._term_norms.every)
@@ -213,10 +208,7 @@ class WindowedModule(L.LightningModule):
             state = restored["window"]
             if state is not None and state[self.global_rank]["number"] == step.window:
                 return self.restore(state[self.global_rank], step, plan)
-            raise ConfigError(
-                f"resume: the checkpoint lies inside window {step.window} but does not hold its rollouts (it was saved while an exception "
-                "was under way); resume from an earlier checkpoint"
-            )
+            raise ConfigError(NO_ROLLOUTS)
         return self.open(step, plan)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -284,6 +276,8 @@ class WindowedModule(L.LightningModule):
             failing = sys.exc_info()[0] is not None  # the other ranks may not come here: do not gather
             window = self._window.state() if inside and not failing and self._window is not None else None
             state |= {"plan": plan.fingerprint(), "window": gather_over_ranks(window) if inside and not failing else None}
+            state |= {"seed": self.seed, "optimizer": self._optimizer.now}
+            state |= {"data": {name: stream.fingerprint for name, stream in self._streams.items()}}
         checkpoint["aapa"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,5 +287,6 @@ class WindowedModule(L.LightningModule):
         if "plan" in state:
             check_optimizer(checkpoint, self.trainer)
             rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
-            self._restored = {"plan": state["plan"], "window": state["window"]}
+            self._optimizer.loaded(checkpoint, state.get("optimizer"))
+            self._restored = state
             self.skipped.load_state_dict(state["skipped"])
