@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
@@ -98,9 +98,19 @@ class RunFolder(Callback):
         self.run_dir = Path(run_dir)
         self.config = config
         self._resumed = False
+        self._patience: dict[int, int] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._patience = {id(callback): callback.patience for callback in _early_stopping(trainer)}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check = getattr(pl_module, "check_start", None)
+        if callable(check):
+            check()
+        for callback in _early_stopping(trainer):  # a checkpoint gives it the old one back
+            callback.patience = self._patience[id(callback)]
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.trim(trainer.global_step)
@@ -128,6 +138,11 @@ class RunFolder(Callback):
             for logger in trainer.loggers:
                 if metrics and isinstance(logger, MetricsCSV):
                     logger.log_metrics(row, step=trainer.global_step - 1)
+
+
+def _early_stopping(trainer: Trainer) -> list[EarlyStopping]:
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]  # typed as Fabric's shim, too
+    return [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
 
 
 class ResponseWriter(Callback):

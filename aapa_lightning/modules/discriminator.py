@@ -252,7 +252,9 @@ class DiscriminatorModule(ResumableEpochs):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.head.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        self.optimizer_resume.made(optimizer, None)
+        return optimizer
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

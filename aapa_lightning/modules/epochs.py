@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.modules.checkpointing import rewind_progress
+from aapa_lightning.modules.optimizing import OptimizerResume
 from aapa_lightning.seeds import seed_everything
 
 
@@ -29,6 +30,7 @@ class ResumableEpochs(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._restored: dict[str, Any] | None = None
+        self.optimizer_resume = OptimizerResume()  # whoever makes the optimiser tells it
         self._judged = -1  # optimiser steps at the last validation
         self._epoch_loss = torch.zeros(2)  # sum over the epoch's responses, and their number
         self._open_losses: list[Tensor] = []  # the same of each micro-step since the last optimiser step
@@ -45,19 +47,24 @@ class ResumableEpochs(LightningModule):
     def setup(self, stage: str) -> None:
         self._restored = None
 
-    @override
-    def on_train_start(self) -> None:
-        """Raise ConfigError where what is resumed had other data or sizes. Make up for a validation that the interruption left out."""
-        restored, self._restored, self._open_losses, self._judged = self._restored, None, [], -1
-        if restored is None:
+    def check_start(self) -> None:
+        """Raise ConfigError where what is resumed had other data or sizes."""
+        saved = {} if self._restored is None else self._restored["plan"]
+        if not saved:
             return
-        saved = restored["plan"]
         if changed := [f"{name} {saved.get(name)} -> {value}" for name, value in self._plan().items() if saved.get(name) != value]:
             raise ConfigError(
                 f"resume: the checkpoint was taken with other data or sizes: {', '.join(changed)}; use the old ones, or train another "
                 "discriminator in another run_dir"
             )
-        if restored["judgement_is_due"]:  # Lightning goes on with the next epoch
+
+    @override
+    def on_train_start(self) -> None:
+        """Let new settings of the optimiser count, and make up for a validation that the interruption left out."""
+        self.check_start()
+        self.optimizer_resume.apply(self.trainer, None)
+        restored, self._restored, self._open_losses, self._judged = self._restored, None, [], -1
+        if restored is not None and restored["judgement_is_due"]:  # Lightning goes on with the next epoch
             figures = {name: float(torch.tensor(value)) for name, value in self.judge().items()}  # rounded as Lightning's log has them
             self._log_at_once(figures, self.global_step - 1)
 
@@ -125,9 +132,13 @@ class ResumableEpochs(LightningModule):
             "loss": self._epoch_loss.tolist(),
             "judgement_is_due": self._judgement_is_due(),
             "plan": self._plan(),
+            "optimizer": self.optimizer_resume.now,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "epochs" not in checkpoint:
+            raise ConfigError("checkpoint: expected one of a discriminator in training, found one of another module")
         self._restored = checkpoint["epochs"]
+        self.optimizer_resume.loaded(checkpoint, checkpoint["epochs"].get("optimizer"))
         self._epoch_loss = torch.tensor(checkpoint["epochs"]["loss"])

@@ -170,13 +170,17 @@ class WindowedModule(L.LightningModule):
         super().setup(stage)
         prepare_engine(self)
 
-    def on_train_start(self) -> None:
-        """Forget what an earlier fit left behind."""
+    def check_start(self) -> None:
+        """Raise ConfigError for a training loader that is not this module's."""
         if not isinstance(self.trainer.train_dataloader, WindowLoader) or self.plan is None:
             raise ConfigError(
                 f"{type(self).__name__}: expected the training loader that its method train_loader builds, found "
                 f"{type(self.trainer.train_dataloader).__name__}; train with AapaDataModule, or a datamodule that calls train_loader"
             )
+
+    def on_train_start(self) -> None:
+        """Let new settings of the optimiser count, and forget what an earlier fit left behind."""
+        self.check_start()
         self._optimizer.apply(self.trainer, self.lr_scheduler)
         self._window = None
         self._meter = StepMeter()
