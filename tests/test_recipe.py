@@ -14,6 +14,7 @@ import yaml
 
 from aapa_lightning.cli import main
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.locks import hold
 from aapa_lightning.recipe.plan import load_recipe
 from aapa_lightning.recipe.summary import text_table
 
@@ -282,3 +283,42 @@ def test_variables_name_the_environment_and_earlier_variables(tmp_path, monkeypa
         "stages: [{name: check, command: data check, args: ['${vars.file}']}]\n"
     )
     assert load_recipe(str(path)).stages[0].arguments == ("/data/a/b.jsonl",)
+
+
+def test_two_recipes_in_one_folder_exclude_each_other(capsys):
+    recipe = write(stage("a"))
+    with hold(Path("out/.recipe.lock"), ["aapa", "recipe", "other.yaml"], "wait"):
+        assert main(["recipe", recipe]) == 2
+    error = capsys.readouterr().err
+    assert f"out is in use by process {os.getpid()} on" in error
+    assert "aapa recipe other.yaml" in error
+    assert names() == []
+    assert main(["recipe", recipe]) == 0
+    assert not list(Path("out").glob(".*"))
+
+
+def test_a_checkpoint_behind_a_link_that_leads_nowhere_does_not_cost_the_run():
+    recipe = write(stage("a", env={"CHECKPOINT": "1"}))
+    Path("fail").write_text("a")
+    assert main(["recipe", recipe]) == 1
+    last = Path("out/a/checkpoints/last.ckpt")
+    last.unlink()
+    last.symlink_to(".last.ckpt.0123abcd")
+    main(["recipe", recipe])
+    assert calls()[-1][-1] == "--resume"
+    assert last.is_symlink()
+
+
+@pytest.mark.parametrize("state", [b"{", b"\xff", b"[]", b'{"a": 3}', b'{"a": {"status": "done"}}'])
+def test_a_damaged_state_is_named(state, capsys):
+    recipe = write(stage("a"))
+    Path("out").mkdir()
+    Path("out/recipe_state.json").write_bytes(state)
+    assert main(["recipe", recipe]) == 2
+    assert "out/recipe_state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["recipe.yaml", "/dev/null", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_one_line(place, capsys):
+    assert main(["recipe", write(stage("a")), "--set", f"run_dir={place}"]) == 2
+    assert "aapa: error: cannot write " in capsys.readouterr().err

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import yaml
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.files import write_json, write_text
+from aapa_lightning.files import sweep, write_json, write_text
+from aapa_lightning.locks import hold
 from aapa_lightning.recipe.plan import Recipe
 from aapa_lightning.recipe.references import Stage
 
@@ -29,7 +30,7 @@ class Progress:
 
     def __init__(self, run_dir: str) -> None:
         self.path = Path(run_dir) / "recipe_state.json"
-        self.stages: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.stages: dict[str, dict[str, Any]] = _read_state(self.path) if self.path.exists() else {}
 
     def get(self, stage: Stage) -> dict[str, Any]:
         """The stage's entry, empty if it never started."""
@@ -44,6 +45,17 @@ class Progress:
         """Drop a stage's entry."""
         if self.stages.pop(stage.name, None) is not None:
             write_json(self.path, self.stages)
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path} ({error}); put it back, or remove it to run all stages again") from error
+    known = {"status", "fingerprint", "seconds"}
+    if not isinstance(state, dict) or any(not isinstance(entry, dict) or not known <= entry.keys() for entry in state.values()):
+        raise ConfigError(f"{path} is damaged: expected status, fingerprint and seconds of every stage; put it back, or remove it")
+    return state
 
 
 def select(recipe: Recipe, start: str | None, only: str | None) -> list[Stage]:
@@ -74,11 +86,19 @@ def run_recipe(recipe: Recipe, *, start: str | None = None, only: str | None = N
         0, or the exit code of the stage that failed.
 
     Raises:
-        ConfigError: a stage that has run is not the recipe's any more.
+        ConfigError: a stage that has run is not the recipe's any more, or another process runs a recipe in the folder.
     """
+    folder, stages = Path(recipe.run_dir), select(recipe, start, only)
+    mend = "wait for it, end it, or choose another folder with --set run_dir=..."
+    with hold(folder / ".recipe.lock", ["aapa", "recipe", recipe.path], mend):
+        for written in (folder, folder / "configs"):
+            sweep(written)
+        return _run_stages(recipe, stages, discard=start is not None or force)
+
+
+def _run_stages(recipe: Recipe, stages: list[Stage], *, discard: bool) -> int:
     progress = Progress(recipe.run_dir)
-    stages = select(recipe, start, only)
-    if start is not None or force:
+    if discard:
         for stage in stages:
             _discard(stage, recipe, progress)
     for stage in stages:
@@ -102,7 +122,8 @@ def command_line(stage: Stage, resume: bool = False) -> list[str]:
 
 
 def _checkpoint(stage: Stage) -> bool:
-    return stage.command[0] == "fit" and (Path(stage.run_dir) / "checkpoints" / "last.ckpt").exists()
+    # a link that leads nowhere, too: the command refuses it, where starting anew would remove the run
+    return stage.command[0] == "fit" and os.path.lexists(Path(stage.run_dir) / "checkpoints" / "last.ckpt")
 
 
 def _check_unchanged(stage: Stage, entry: dict[str, Any]) -> None:
@@ -118,7 +139,9 @@ def _discard(stage: Stage, recipe: Recipe, progress: Progress) -> None:
     """Remove a stage's folder, if this recipe made it, and forget the stage."""
     folder, home = Path(os.path.abspath(stage.run_dir)), Path(os.path.abspath(recipe.run_dir))
     if progress.get(stage) and folder != home and folder.is_relative_to(home) and folder.is_dir():
-        shutil.rmtree(folder)
+        # a stage may live on after the recipe that started it was killed
+        with hold(folder / f".{stage.command[0]}.lock", ["aapa", "recipe", recipe.path], "wait for it, or end it"):
+            shutil.rmtree(folder)
     progress.forget(stage)
 
 
