@@ -103,6 +103,16 @@ class GRPOModule(PolicyModule):
         for reference in self._reference:
             reference.to(self.device)
 
+    def check_start(self) -> None:
+        """Raise ConfigError where a KL was switched on inside a window, whose rollouts no reference has scored."""
+        super().check_start()
+        shares = (self._restored or {}).get("window") or ()
+        if self._reference and any(share["experience"]["ref_logprobs"] is None for share in shares if share and share["experience"]):
+            raise ConfigError(
+                "resume: beta or reward_kl is above 0 and was 0, and the checkpoint lies in a window without log-probs of the reference; "
+                "resume from a checkpoint at the boundary of a window, or set them as they were"
+            )
+
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """Windows of whole groups."""
         if self.rewards is None:

@@ -111,3 +111,11 @@ def test_changed_data_are_refused_and_grown_ones_told_but_not_inside_a_window(ki
     assert "data.train has grown from 8 rows to 9" in caplog.text
     with pytest.raises(ConfigError, match=r"data\.train has changed since the checkpoint"):
         run(kit, spec, tmp_path, 3, ckpt=tmp_path / "step=1.ckpt", data=kit.make_records(9), **options)
+
+
+def test_a_kl_is_not_switched_on_inside_a_window(kit, spec, tmp_path):
+    options = {"name": "grpo", "minibatches": 2}
+    run(kit, spec, tmp_path, 2, **options)
+    with pytest.raises(ConfigError, match="beta or reward_kl is above 0 and was 0"):
+        run(kit, spec, tmp_path / "again", 2, ckpt=tmp_path / "step=1.ckpt", beta=0.1, **options)
+    run(kit, spec, tmp_path / "again", 3, ckpt=tmp_path / "step=2.ckpt", beta=0.1, **options)
