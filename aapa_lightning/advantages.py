@@ -90,7 +90,7 @@ def _normalize_then_sum(
     groups = [_group(column, group_ids, scored) for column, scored in zip(columns, (~rewards.isnan()).unbind(1), strict=True)]
     total = torch.stack([group.deviations / divisor(group.std, group.std) for group in groups], dim=1) @ weights
     mean, std = batch_statistics(total[kept], sum_over_ranks)
-    constant = torch.stack([group.constant for group in groups], dim=1).all(dim=1)
+    constant = (torch.stack([group.constant for group in groups], dim=1) | (weights == 0)).all(dim=1)
     return ((total - mean) / divisor(std, std)).masked_fill(constant | ~kept, 0.0), constant
 
 

@@ -213,3 +213,12 @@ def test_an_appended_reward_brings_no_row_back():
     appended = append_reward(torch.tensor([[float("nan")], [1.0]]), torch.tensor([7.0, 2.0]))
     assert appended[0].isnan().all()
     assert appended[1].tolist() == [1.0, 2.0]
+
+
+def test_a_reward_without_weight_is_no_signal():
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 5.0], [2.0, 1.0], [3.0, 1.0]])
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        advantages, metrics = task_advantages(rewards, torch.tensor([0.7, 0.0]), torch.tensor([0, 0, 1, 1]), aggregation=aggregation)
+        assert advantages[:2].tolist() == [0, 0]
+        assert metrics["zero_variance_groups"] == 0.5
+        assert metrics["reward"] == pytest.approx(0.7 * 1.75)

@@ -12,7 +12,7 @@ from torch import Tensor
 from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_std
 from aapa_lightning.advantages import append_reward
 from aapa_lightning.errors import ConfigError, choose
-from aapa_lightning.types import AnchorSignal, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+from aapa_lightning.types import AnchorSignal, Mean, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 Transform = Literal["gan_ns", "score", "gan_sat", "bt_gap"]
 Pool = Literal["mean", "token_mean", "min", "softmin"]
@@ -117,25 +117,25 @@ def build_signal(
     scores = torch.where(kept, result.scores, group_mean(result.scores, rollouts.group_ids, kept))
     metrics = _metrics(logits, spans, rollouts.group_ids, kept, result)
     if expert_logits is not None:
-        metrics["expert_logit"] = _mean(expert_logits)
+        metrics["expert_logit"] = Mean.of(expert_logits)
     return AnchorSignal(logits, scores, result.advantages, spans, metrics)
 
 
-def _metrics(logits: Tensor, spans: SentenceSpans, group_ids: Tensor, kept: Tensor, result: AnchorAdvantages) -> dict[str, float]:
-    """Scalars of this rank's rows; only the ``batch`` scale is of all ranks."""
+def _metrics(logits: Tensor, spans: SentenceSpans, group_ids: Tensor, kept: Tensor, result: AnchorAdvantages) -> dict[str, Mean]:
+    """Means over this rank's rows, sentences, tokens or groups; only the ``batch`` scale is of all ranks."""
     compared = kept & (group_size(group_ids, kept) > 1)
     spread = group_std(result.scores, group_ids, kept)[compared]
     equal, groups = zero_variance_counts(result.scores, group_ids, kept).tolist()
     return {
-        "logit": _mean(logits),
-        "probability": _mean(torch.sigmoid(logits)),
-        "score": _mean(result.scores[kept]),
-        "score_std_within": _mean(spread),
-        "scale": _mean(result.scale),
-        "zero_variance_share": equal / max(groups, 1),
-        "sentences_per_response": len(logits) / max(len(group_ids), 1),
-        "dropped_share": _mean((~kept).float()),
-        "advantage_abs": _mean(result.advantages[spans.token_sentence >= 0].abs()),
+        "logit": Mean.of(logits),
+        "probability": Mean.of(torch.sigmoid(logits)),
+        "score": Mean.of(result.scores[kept]),
+        "score_std_within": Mean.of(spread),
+        "scale": Mean.of(result.scale),
+        "zero_variance_share": Mean(equal, groups),
+        "sentences_per_response": Mean(len(logits), len(group_ids)),
+        "dropped_share": Mean.of(~kept),
+        "advantage_abs": Mean.of(result.advantages[spans.token_sentence >= 0].abs()),
     }
 
 
@@ -152,10 +152,6 @@ def zero_variance_counts(values: Tensor, group_ids: Tensor, kept: Tensor | None 
     groups = len(torch.unique(group_ids[counted]))
     varied = len(torch.unique(group_ids[counted & (group_std(values, group_ids, kept) > 0)]))
     return torch.tensor([groups - varied, groups])
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.float().mean()) if values.numel() else 0.0
 
 
 def first_responses(signal: AnchorSignal, count: int) -> AnchorSignal:

@@ -19,7 +19,7 @@ from aapa_lightning.objectives.kl import kl_penalty
 from aapa_lightning.reduce import masked_sum
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
-from aapa_lightning.types import Rollouts, SumOverRanks, identity_sum
+from aapa_lightning.types import Mean, Rollouts, SumOverRanks, identity_sum
 
 #: Gives (old, reference) log-probs of rollouts, float32 ``[N, L]`` each or None.
 Rescore = Callable[[Rollouts], tuple[Tensor | None, Tensor | None]]
@@ -104,7 +104,9 @@ def collect(
         loss_mask = rollouts.response_mask & ~(rollouts.truncated[:, None] & options.mask_truncated)
         rows = slice(0, sum(request.samples for request in requests[:rewarded]))
         task = slice_rollouts(rollouts, rows)
-        columns, weights, metrics = _rewards(task, rewards)
+        metrics: dict[str, float] = {}
+        columns, weights, scored = _rewards(task, rewards)
+        metrics |= scored
         if anchor is not None and signal is not None:
             metrics |= {f"anchor/{name}": value for name, value in signal.metrics.items()}
             total = rewards.total(columns) if rewards is not None else None
@@ -126,8 +128,8 @@ def collect(
     # the task's own mean reward stays, without what the anchor or a KL put into it
     metrics = (found if rewards is not None else {}) | metrics
     metrics |= {
-        "response_length": float(task.lengths.float().mean()),
-        "truncated": float(task.truncated.float().mean()),
+        "response_length": Mean.of(task.lengths),
+        "truncated": Mean.of(task.truncated),
     }
     return Experience(
         rollouts=rollouts,
@@ -146,20 +148,18 @@ def _cut(logprobs: Tensor | None, rows: slice, width: int) -> Tensor | None:
     return None if logprobs is None else logprobs[rows, :width]
 
 
-def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Tensor, dict[str, float]]:
+def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Tensor, dict[str, Mean]]:
     device = rollouts.response_ids.device
     if rewards is None:
         return torch.zeros(len(rollouts), 1, device=device), torch.ones(1, device=device), {}
     columns = rewards.score(rollouts.texts, rollouts.records, rollouts.prompt_ends).to(device)
     weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
-    metrics = {f"reward/{name}": _mean(columns[:, i]) for i, name in enumerate(rewards.names)}
-    return columns, weights, metrics | {"reward": _mean(rewards.total(columns))}
+    metrics = {f"reward/{name}": _scored_mean(columns[:, i]) for i, name in enumerate(rewards.names)}
+    return columns, weights, metrics | {"reward": _scored_mean(rewards.total(columns))}
 
 
-def _mean(values: Tensor) -> float:
-    """Mean over what was scored; 0 where nothing was."""
-    scored = values[~values.isnan()]
-    return float(scored.mean()) if len(scored) else 0.0
+def _scored_mean(values: Tensor) -> Mean:
+    return Mean.of(values[~values.isnan()])
 
 
 def _shape(

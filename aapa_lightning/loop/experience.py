@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapa_lightning.types import Record, Rollouts
+from aapa_lightning.types import Mean, Record, Rollouts
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class Experience:
         anchor_advantages: float32 ``[N, L]``, the anchor's, or None.
         old_logprobs: float32 ``[N, L]`` nats, or None when a window is used for one update (then the ratio is 1 by construction).
         ref_logprobs: float32 ``[N, L]`` nats, or None without a reference policy.
-        metrics: scalars of the window to log, means over this rank's rows.
+        metrics: scalars of the window to log: means over this rank's rows, or numbers that are the same on all ranks.
     """
 
     rollouts: Rollouts
@@ -84,13 +84,19 @@ def slice_rollouts(rollouts: Rollouts, rows: slice) -> Rollouts:
 def experience_state(experience: Experience) -> dict[str, Any]:
     """Tensors (on the CPU) and primitives that a checkpoint may hold; records are left out, the plan finds them again."""
     own = {f.name: getattr(experience, f.name) for f in fields(Experience) if f.name != "rollouts"}
+    own["metrics"] = {name: _parts(value) for name, value in experience.metrics.items()}
     return {"rollouts": rollouts_state(experience.rollouts), **_to(own, "cpu")}
 
 
 def restore_experience(state: dict[str, Any], records: Sequence[Record], device: torch.device | str) -> Experience:
     """The inverse of ``experience_state``, with the rows' records."""
     own = {name: value for name, value in state.items() if name != "rollouts"}
+    own["metrics"] = {name: Mean(*value) if isinstance(value, tuple) else value for name, value in own["metrics"].items()}
     return Experience(rollouts=restore_rollouts(state["rollouts"], records, device), **_to(own, device))
+
+
+def _parts(value: float) -> float | tuple[float, float]:
+    return (value.total, value.count) if isinstance(value, Mean) else value
 
 
 def rollouts_state(rollouts: Rollouts) -> dict[str, Any]:

@@ -83,6 +83,13 @@ class WindowLoader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Nothing to do."""
 
+    def demonstration_before(self, number: int) -> Record:
+        """The record before this rank's first demonstration of a window, in the window's order; the last one before the first."""
+        if self.demonstrations is None:
+            raise RuntimeError("this loader has no demonstrations")
+        places = self.plan.demonstrations * self.plan.steps_per_window
+        return self.demonstrations[number * places + (self._places[0] - 1) % places]
+
     def window(self, number: int) -> WindowStep:
         """Micro-step 0 of a window: this rank's records, a pure function of the streams' seeds and ``number``."""
         plan, prompts, demonstrations = self.plan, self.prompts, self.demonstrations

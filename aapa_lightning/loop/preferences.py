@@ -22,11 +22,13 @@ class Preference:
         chosen: the preferred (or desirable) response.
         rejected: the other (or undesirable) one.
         record: where they came from.
+        before: a response to the prompt of the record before it in the optimiser step, where single responses are labelled.
     """
 
     chosen: Demonstration | None
     rejected: Demonstration | None
     record: Record
+    before: Demonstration | None = None
 
 
 def preferred_texts(record: Record) -> list[tuple[str, str]]:
@@ -51,8 +53,8 @@ def pair_inputs(
     logprobs: Tensor,
     lengths: Tensor,
     *,
-    policy: ResponseLogprobs,
     reference: ResponseLogprobs | None,
+    log_ratios: Tensor | None,
     stressed_margins: Tensor | None,
     gather: GatherOverRanks,
 ) -> PairLossInputs:
@@ -62,8 +64,8 @@ def pair_inputs(
         rows: ``B`` pairs.
         logprobs: float32 ``[2B]``, the policy's sums, in the order of ``responses_of``.
         lengths: int64 ``[2B]``, response tokens.
-        policy: the policy without gradient; not used here.
         reference: the reference, or None.
+        log_ratios: not used here.
         stressed_margins: float32 ``[B]`` or None.
         gather: over ranks.
     """
@@ -86,29 +88,53 @@ def label_inputs(
     logprobs: Tensor,
     lengths: Tensor,
     *,
-    policy: ResponseLogprobs,
     reference: ResponseLogprobs | None,
+    log_ratios: Tensor | None,
     stressed_margins: Tensor | None,
     gather: GatherOverRanks,
 ) -> LabelLossInputs:
     """Inputs of an objective over labelled responses; arguments as of ``pair_inputs``, with ``R`` responses in the place of ``2B``.
 
-    Every response of the micro-step gives a mismatched one, under another record's prompt.
+    ``log_ratios`` float32 ``[K]`` are those of ``mismatched_log_ratios``.
     """
-    if reference is None:
-        raise RuntimeError("an objective over labelled responses has a reference")
-    responses, others = responses_of(rows), mismatched(rows)
+    if reference is None or log_ratios is None:
+        raise RuntimeError("an objective over labelled responses has a reference, and log-ratios of mismatched ones")
+    responses = responses_of(rows)
     labels = torch.arange(len(responses), device=logprobs.device) < sum(row.chosen is not None for row in rows)
-    log_ratios = policy(others) - reference(others)
     return LabelLossInputs(logprobs, reference(responses), labels, log_ratios, gather)
 
 
+def in_a_ring(rows: Sequence[Preference], before: Preference) -> list[Preference]:
+    """The rows, each with a response of the row before it; ``before`` comes before the first."""
+    return [replace(row, before=_either(other)) for row, other in zip(rows, [before, *rows], strict=False)]
+
+
+def _either(row: Preference) -> Demonstration:
+    return next(side for side in (row.chosen, row.rejected) if side is not None)
+
+
 def mismatched(rows: Sequence[Preference]) -> list[Demonstration]:
-    """Every response, in the order of ``responses_of``, under the prompt of the record before its own; the first under the last one's."""
-    prompts = [next(side for side in (row.chosen, row.rejected) if side is not None) for row in rows]
-    before = prompts[-1:] + prompts[:-1]
-    sides = (zip(before, [row.chosen for row in rows], strict=True), zip(before, [row.rejected for row in rows], strict=True))
-    return [_joined(prompt, response) for side in sides for prompt, response in side if response is not None]
+    """Every response, in the order of ``responses_of``, under the prompt of the record before its own."""
+    sides = ([(row.before, row.chosen) for row in rows], [(row.before, row.rejected) for row in rows])
+    return [_joined(other, response) for side in sides for other, response in side if other is not None and response is not None]
+
+
+def mismatched_log_ratios(slices: Sequence[Sequence[Preference]], policy: ResponseLogprobs, reference: ResponseLogprobs | None) -> Tensor:
+    """``log pi - log pi_ref`` of a whole optimiser step's mismatched responses on this rank, so that its cuts change nothing.
+
+    Args:
+        slices: the rows of every micro-step.
+        policy: the policy's sums, without gradient.
+        reference: the reference's.
+
+    Returns:
+        float32 ``[K]`` nats.
+    """
+    if reference is None:
+        raise RuntimeError("an objective over labelled responses has a reference")
+    found = torch.cat([policy(others) - reference(others) for others in map(mismatched, slices)])
+    torch.clear_autocast_cache()  # casts made without a graph must not serve the loss, see loop/collect.py
+    return found
 
 
 def _joined(prompt: Demonstration, response: Demonstration) -> Demonstration:

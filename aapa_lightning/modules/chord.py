@@ -25,8 +25,8 @@ class CHORDModule(GRPOModule):
         expert_batch_size: demonstrations of an optimiser step, over all devices and accumulated micro-steps.
         mu_warmup_steps: optimiser steps of linear warm-up from 0.
         mu_decay_steps: optimiser steps of cosine decay to the valley.
-        mu_peak: share of imitation at its peak.
-        mu_valley: share of imitation in the end.
+        mu_peak: share of imitation at its peak, which it keeps without decay.
+        mu_valley: share of imitation once it has decayed; None is 0.1.
         sft_weight: ``phi`` p(1 - p) (CHORD-phi), ``none`` (CHORD-mu) or ``is`` p; detached.
         **kwargs: see ``GRPOModule``.
     """
@@ -41,7 +41,7 @@ class CHORDModule(GRPOModule):
         mu_warmup_steps: int = 0,
         mu_decay_steps: int = 0,
         mu_peak: float = 0.1,
-        mu_valley: float = 0.1,
+        mu_valley: float | None = None,
         sft_weight: SFTWeight = "phi",
         **kwargs: Any,
     ) -> None:
@@ -66,3 +66,7 @@ class CHORDModule(GRPOModule):
             logprobs, mask = torch.zeros(1, 1, device=self.device), torch.zeros(1, 1, dtype=torch.bool, device=self.device)
         terms.append(LossTerm("sft", chord_sft_loss(logprobs, mask, weight=self.sft_weight), mask, counts, weight=mu))
         return terms
+
+    def step_metrics(self) -> dict[str, float]:
+        """mu, and lambda where there is an anchor."""
+        return {"mu": self._mu(self.global_step)} | super().step_metrics()

@@ -12,7 +12,7 @@ from torch import Tensor
 from aapa_kernels.anchor_advantage.groups import accumulator
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.reduce import masked_sum
-from aapa_lightning.types import SumOverRanks
+from aapa_lightning.types import Mean, SumOverRanks
 
 
 class StepMeter:
@@ -28,9 +28,9 @@ class StepMeter:
         self._sums[name] = (old_total + total, old_count + count)
 
     def add_means(self, values: Mapping[str, float]) -> None:
-        """Add values that are means over this rank's rows of a window, of which every rank has as many."""
+        """Add means over this rank's share of a window by their parts, and plain numbers, which are the same on all ranks."""
         for name, value in values.items():
-            self.add(name, value, 1.0)
+            self.add(name, *((value.total, value.count) if isinstance(value, Mean) else (value, 1.0)))
 
     def add_terms(self, terms: list[LossTerm], values: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add one micro-step: reduced losses carry the number of micro-steps x ranks, so the step's loss is their mean."""

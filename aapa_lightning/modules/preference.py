@@ -15,11 +15,14 @@ from aapa_lightning.data.encode import encode_demonstration, fit_lengths
 from aapa_lightning.data.pairs import require_labels, require_pairs
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.preferences import (
     Preference,
     count_preferences,
+    in_a_ring,
     label_inputs,
+    mismatched_log_ratios,
     pair_inputs,
     preferred_texts,
     responses_of,
@@ -71,8 +74,8 @@ class PreferenceModule(PolicyModule):
     """Learns from pairs of a chosen and a rejected response (or, with ``kto``, from single labelled responses).
 
     The loss is the mean of the objective over the pairs of the whole optimiser step, plus ``sft_weight`` times the negative log-likelihood
-    of the chosen responses, a mean over the step's tokens. Objectives with batch statistics (``amapo``, ``dr_dpo``, ``kto``, ``gapo``)
-    take them over a micro-step and all ranks: micro-batch size and accumulation change them.
+    of the chosen responses, a mean over the step's tokens. Objectives with batch statistics (``amapo``, ``dr_dpo``, ``gapo``)
+    take them over a micro-step and all ranks: micro-batch size and accumulation change them. ``kto`` takes its own over the whole step.
 
     With an anchor it also samples ``anchor_group_size`` responses to each pair's prompt and adds the adversarial term over their tokens.
     Without one nothing is sampled in training.
@@ -128,6 +131,7 @@ class PreferenceModule(PolicyModule):
         self._surrogate = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
         self._reference: ReferencePolicy | None = None  # no module itself: neither trained nor saved
         self._stress: WeightStress | None = None
+        self._mismatched: Tensor | None = None
         self._check(stress)
 
     def _check(self, stress: StressOptions | None) -> None:
@@ -191,10 +195,9 @@ class PreferenceModule(PolicyModule):
     def make_plan(self, accumulate: int, world_size: int) -> WindowPlan:
         """One optimiser step a window; responses are sampled only when anchored, to the prompts of the pairs."""
         plan = self.demonstration_plan(self.batch_size, self.anchor_group_size, accumulate, world_size, "pairs have none")
-        if self.objective.labels and plan.demonstrations_per_slice < 2:
+        if self.objective.labels and plan.demonstrations < 2:
             raise ConfigError(
-                f"{self.objective_name} compares a prompt with the response to another one of the same micro-step: expected at least 2 "
-                f"records in a micro-step on each device, found {plan.demonstrations_per_slice}; raise batch_size, or accumulate less"
+                f"batch_size: {self.objective_name} holds responses to other prompts of the step: expected at least 2, found 1"
             )
         return plan
 
@@ -224,6 +227,11 @@ class PreferenceModule(PolicyModule):
         sides = {name: encode_demonstration(self.tokenizer, record, text, fmt, eos, name) for name, text in preferred_texts(record)}
         return Preference(sides.get("chosen response"), sides.get("rejected response"), record)
 
+    def _encoded(self, step: WindowStep) -> list[Any]:
+        rows = super()._encoded(step)
+        loader: Any = self.trainer.train_dataloader
+        return in_a_ring(rows, self.encode(loader.demonstration_before(step.window))) if self.objective.labels else rows
+
     def count(self, rows: Sequence[Any]) -> Tensor:
         """Tokens of the chosen responses, and losses."""
         return count_preferences(rows, self.objective.labels)
@@ -234,6 +242,9 @@ class PreferenceModule(PolicyModule):
         """The objective, the chosen responses' likelihood where it weighs anything, and the adversarial term when anchored."""
         rows, counts = window.demonstrations_of(micro_step)
         stressed = self._stressed_margins(rows, window.number, micro_step)
+        if self.objective.labels and micro_step == 0:
+            slices = [window.demonstrations_of(i)[0] for i in range(window.plan.micro_steps_per_window)]
+            self._mismatched = mismatched_log_ratios(slices, self._policy_sums, self._reference)
         responses = responses_of(rows)
         sums, lengths, (logprobs, mask) = response_sums(self.model, responses, self.tokenizer.pad_token_id, self.device)
         outputs = self._loss(
@@ -241,8 +252,8 @@ class PreferenceModule(PolicyModule):
                 rows,
                 sums,
                 lengths,
-                policy=self._policy_sums,
                 reference=self._reference,
+                log_ratios=self._mismatched,
                 stressed_margins=stressed,
                 gather=self.gather_over_ranks,
             )

@@ -53,7 +53,7 @@ class OpenWindow(Protocol):
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Scalars to log at each of its steps, means over this rank's rows."""
+        """Scalars to log at each of its steps: means over this rank's rows, or numbers that are the same on all ranks."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -14,26 +14,27 @@ from aapa_lightning.objectives.sft import sft_loss
 from aapa_lightning.types import LossOutputs
 
 SFTWeight = Literal["phi", "none", "is"]
+_VALLEY = 0.1
 
 
-def chord_mu(step: int, *, warmup_steps: int = 0, decay_steps: int = 0, peak: float = 0.1, valley: float = 0.1) -> float:
+def chord_mu(step: int, *, warmup_steps: int = 0, decay_steps: int = 0, peak: float = 0.1, valley: float | None = None) -> float:
     r"""Share of imitation at an optimiser step: linear warm-up from 0 to the peak, cosine decay to the valley, then the valley.
 
     With W warm-up and D decay steps: ``peak * step / W`` before W, ``valley + (peak - valley) (1 + cos(pi (step - W) / D)) / 2`` before
-    W + D, ``valley`` after. W = 0 starts at the peak, D = 0 drops to the valley at W.
+    W + D, ``valley`` after. W = 0 starts at the peak, D = 0 stays at it.
 
     Args:
         step: optimiser steps taken so far; constant over the micro-steps of one optimiser step.
         warmup_steps: W.
         decay_steps: D.
         peak: in [0, 1].
-        valley: in [0, 1].
+        valley: in [0, 1]; None is 0.1. Without decay it is never reached, and only the peak itself is taken.
 
     Returns:
         mu in [0, 1].
 
     Raises:
-        ConfigError: negative steps, or a share outside [0, 1].
+        ConfigError: negative steps, a share outside [0, 1], or a valley without decay.
 
     Reference: Zhang et al., On-Policy RL Meets Off-Policy Experts (CHORD), 2025, arXiv 2508.11408. The defaults are CHORD-phi's; the
     authors' CHORD-mu uses W = 0, D = 200, peak 0.9, valley 0.05 with weight ``none``.
@@ -43,13 +44,16 @@ def chord_mu(step: int, *, warmup_steps: int = 0, decay_steps: int = 0, peak: fl
     """
     if min(step, warmup_steps, decay_steps) < 0:
         raise ConfigError(f"mu schedule: expected steps >= 0, found step {step}, warm-up {warmup_steps}, decay {decay_steps}")
-    if not (0.0 <= peak <= 1.0 and 0.0 <= valley <= 1.0):
+    if not (0.0 <= peak <= 1.0 and (valley is None or 0.0 <= valley <= 1.0)):
         raise ConfigError(f"mu schedule: expected peak and valley in [0, 1], found {peak} and {valley}")
+    if decay_steps == 0 and valley not in (None, peak):
+        raise ConfigError(f"mu_valley={valley} is never reached: mu_decay_steps is 0; set mu_decay_steps, or leave mu_valley out")
+    low = _VALLEY if valley is None else valley
     if step < warmup_steps:
         return peak * step / warmup_steps
     if step < warmup_steps + decay_steps:
-        return valley + (peak - valley) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / decay_steps))
-    return valley
+        return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup_steps) / decay_steps))
+    return low if decay_steps else peak
 
 
 def chord_phi(logprobs: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def kto_loss(inputs: LabelLossInputs, *, beta: float = 0.1, desirable_weight: fl
     r"""Kahneman-Tversky optimisation per labelled response.
 
     ``l = desirable_weight (1 - sigma(beta (r - z0)))`` of a desirable response, else ``undesirable_weight (1 - sigma(beta (z0 - r)))``,
-    with ``r = log pi(y) - log pi_ref(y)`` and ``z0 = max(0, mean r')`` over responses r' to other prompts, of all ranks, detached.
+    with ``r = log pi(y) - log pi_ref(y)`` and ``z0 = max(0, mean r')`` over the step's responses r' to other prompts, of all ranks,
+    detached.
 
     Args:
         inputs: policy and reference log-probs (sums over tokens), labels, mismatched log-ratios.

@@ -35,7 +35,8 @@ class PreferenceObjective:
         needs_reference: takes the log-probs of a frozen reference policy.
         labels: takes ``LabelLossInputs`` rather than ``PairLossInputs``.
         probe: takes the margins at weights perturbed along this loss's gradient; None for most. Has the options of ``loss``.
-        batch_statistics: depends on the other rows of the micro-step and of all ranks, so it changes with the micro-batch size.
+        batch_statistics: depends on other rows: of the micro-step and of all ranks, so it changes with the micro-batch size; with
+            ``labels`` of the whole optimiser step.
         sft_weight: default weight of the chosen responses' NLL, a mean over the step's response tokens, which the module adds.
         options: defaults that differ from the function's own.
     """

@@ -6,8 +6,10 @@ import torch
 from aapa_lightning.loop.preferences import (
     Preference,
     count_preferences,
+    in_a_ring,
     label_inputs,
     mismatched,
+    mismatched_log_ratios,
     pair_inputs,
     preferred_texts,
     responses_of,
@@ -42,7 +44,7 @@ def first_token_logprob(rows):
 def inputs_of(make, rows, **options):
     responses = responses_of(rows)
     lengths = torch.tensor([sum(row.response_mask) for row in responses])
-    given = {"policy": first_token_logprob, "reference": first_token_logprob, "stressed_margins": None, "gather": identity_gather}
+    given = {"reference": first_token_logprob, "log_ratios": torch.zeros(1), "stressed_margins": None, "gather": identity_gather}
     return make(rows, first_token_logprob(responses), lengths, **{**given, **options})
 
 
@@ -80,21 +82,32 @@ def test_labels_line_up_with_their_responses():
 
 
 def test_every_response_is_held_against_the_prompt_before():
-    """Chosen ones first; those of the first record stand under the last one's prompt."""
-    assert ids(mismatched(LABELS)) == [[1, 2, 12], [3, 13, 14], [4, 5, 20], [3, 24]]
-    assert [row.response_mask.index(True) for row in mismatched(LABELS)] == [2, 1, 2, 1]
-    assert ids(mismatched(PAIRS)) == [[3, 10, 11], [1, 2, 12], [3, 20], [1, 2, 21, 22, 23]]
+    """Chosen ones first; those of the first record stand under the prompt of the row that is given."""
+    ring = in_a_ring(LABELS, LABELS[-1])
+    assert ids(mismatched(ring)) == [[1, 2, 12], [3, 13, 14], [4, 5, 20], [3, 24]]
+    assert [row.response_mask.index(True) for row in mismatched(ring)] == [2, 1, 2, 1]
+    assert ids(mismatched(in_a_ring(PAIRS, PAIRS[-1]))) == [[3, 10, 11], [1, 2, 12], [3, 20], [1, 2, 21, 22, 23]]
+    assert ids(mismatched(in_a_ring(PAIRS[:1], LABELS[2]))) == [[4, 5, 10, 11], [4, 5, 20]]
+
+
+def test_cuts_of_a_step_change_no_mismatched_response():
     asked = []
 
     def policy(rows):
-        asked.append(ids(rows))
+        asked.extend(ids(rows))
         return torch.zeros(len(rows))
 
-    made = inputs_of(label_inputs, LABELS, policy=policy)
-    assert asked == [ids(mismatched(LABELS))]
-    assert made.mismatched_log_ratios.tolist() == [12.0, 13.0, 20.0, 24.0]
+    ring = in_a_ring(LABELS, LABELS[-1])
+    whole = mismatched_log_ratios([ring], policy, first_token_logprob)
+    assert whole.tolist() == [12.0, 13.0, 20.0, 24.0]
+    assert asked == ids(mismatched(ring))
+    cut = mismatched_log_ratios([ring[:1], ring[1:]], policy, first_token_logprob)
+    assert sorted(cut.tolist()) == sorted(whole.tolist())
+    assert sorted(asked[4:]) == sorted(asked[:4])
 
 
 def test_labels_without_a_reference_are_a_mistake_of_the_caller():
     with pytest.raises(RuntimeError, match="has a reference"):
         inputs_of(label_inputs, LABELS, reference=None)
+    with pytest.raises(RuntimeError, match="has a reference"):
+        mismatched_log_ratios([LABELS], first_token_logprob, None)

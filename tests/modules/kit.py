@@ -28,6 +28,7 @@ from aapa_lightning.modules.grpo import GRPOModule
 from aapa_lightning.modules.preference import PreferenceModule
 from aapa_lightning.modules.sft import SFTModule
 from aapa_lightning.modules.uniapl import UniAPLModule
+from aapa_lightning.objectives.correction import CorrectionOptions
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rollout.base import SamplingParams
@@ -153,6 +154,8 @@ def make_module(name: str, spec: PolicySpec, *, sgd: bool = False, **options):
         "chord": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "expert_batch_size": 4, "mu_peak": 0.4},
         "uniapl": {"prompts_per_window": 4, "group_size": 3, "rewards": [TextReward()], "demonstrations_per_step": 4},
     }
+    if isinstance(options.get("correction"), dict):
+        options |= {"correction": CorrectionOptions(**options["correction"])}
     return MODULES[name](spec, **(common | own[name] | options))
 
 

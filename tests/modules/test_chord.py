@@ -9,6 +9,7 @@ def test_the_mixture_follows_the_schedule(kit, spec):
     module = kit.make_module("chord", spec, mu_warmup_steps=2, mu_decay_steps=2, mu_peak=0.8, mu_valley=0.2)
     kit.fit(module, kit.make_trainer(5, accumulate=2, callbacks=[kit.make_anchor(0.5)], logger=rows))
     for mu, (_, row) in zip((0.0, 0.4, 0.8, 0.5, 0.2), rows.rows, strict=True):
+        assert row["train/mu"] == pytest.approx(mu)
         policy, imitation, anchor = (row[f"train/loss/{name}"] for name in ("policy", "sft", "anchor"))
         assert row["train/loss"] == pytest.approx((1 - mu) * policy + mu * imitation + 0.5 * anchor, rel=1e-5)
         assert (imitation > 0) is (mu > 0)

@@ -4,7 +4,7 @@ import torch
 from aapa_lightning.loop.terms import LossTerm, total_loss
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.reduce import StepCounts, count_step
-from aapa_lightning.types import LossOutputs, identity_sum
+from aapa_lightning.types import LossOutputs, Mean, identity_sum
 
 CPU = torch.device("cpu")
 LOSSES = torch.arange(12.0).reshape(4, 3)
@@ -57,3 +57,15 @@ def test_computing_empties_the_meter() -> None:
     meter.add_means({"mean": 5.0})
     assert meter.compute(identity_sum, CPU) == {"x": 2.0, "nothing": 0.0, "mean": 5.0}
     assert meter.compute(identity_sum, CPU) == {}
+
+
+def test_means_of_unequal_counts_are_joined_by_their_parts() -> None:
+    meter = StepMeter()
+    meter.add_means({"tokens": Mean(3.0, 3), "same": 5.0, "none": Mean(0.0, 0)})
+    other = StepMeter()
+    other.add_means({"tokens": Mean(300.0, 100), "same": 5.0, "none": Mean(0.0, 0)})
+    sent: list[torch.Tensor] = []
+    other.compute(lambda value: (sent.append(value), value)[1], CPU)
+    assert meter.compute(lambda value: value + sent[0], CPU) == {"tokens": 303 / 103, "same": 5.0, "none": 0.0}
+    assert Mean.of(torch.tensor([True, False, True])) == pytest.approx(2 / 3)
+    assert Mean.of(torch.zeros(0)) == 0.0

@@ -36,9 +36,10 @@ def test_mu_warms_up_decays_and_stays(step, mu):
     [
         ({"decay_steps": 200, "peak": 0.9, "valley": 0.05}, (0, 100, 200), (0.9, 0.475, 0.05)),  # no warm-up: CHORD-mu
         ({}, (0, 7), (0.1, 0.1)),  # constant: CHORD-phi
-        ({"peak": 0.9, "valley": 0.05}, (0, 1), (0.05, 0.05)),  # neither: the valley at once
-        ({"warmup_steps": 2, "peak": 0.8, "valley": 0.1}, (0, 1, 2), (0.0, 0.4, 0.1)),  # no decay: drops
-        ({"warmup_steps": 1, "peak": 1.0, "valley": 0.0}, (0, 1), (0.0, 0.0)),
+        ({"peak": 0.4}, (0, 1, 100), (0.4, 0.4, 0.4)),  # no decay: stays at its peak
+        ({"peak": 0.4, "decay_steps": 2}, (0, 1, 2), (0.4, 0.25, 0.1)),
+        ({"warmup_steps": 2, "peak": 0.8}, (0, 1, 2, 9), (0.0, 0.4, 0.8, 0.8)),
+        ({"warmup_steps": 1, "peak": 0.3, "valley": 0.3}, (0, 1), (0.0, 0.3)),
     ],
 )
 def test_mu_edge_cases(options, steps, mus):
@@ -48,6 +49,12 @@ def test_mu_edge_cases(options, steps, mus):
 @pytest.mark.parametrize("options", [{"warmup_steps": -1}, {"decay_steps": -1}, {"peak": 1.1}, {"valley": -0.1}, {"peak": float("nan")}])
 def test_mu_refuses_impossible_schedules(options):
     with pytest.raises(ConfigError, match="mu schedule"):
+        chord_mu(0, **options)
+
+
+@pytest.mark.parametrize("options", [{"peak": 0.9, "valley": 0.05}, {"warmup_steps": 2, "peak": 0.8, "valley": 0.1}, {"valley": 0.0}])
+def test_a_valley_that_is_never_reached_is_refused(options):
+    with pytest.raises(ConfigError, match="is never reached: mu_decay_steps is 0; set mu_decay_steps, or leave mu_valley out"):
         chord_mu(0, **options)
 
 
