@@ -6,8 +6,13 @@ to mend it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -50,6 +55,92 @@ def choose(options: Mapping[str, T], name: str, option: str) -> T:
     if name not in options:
         raise ConfigError(f"{option}: expected one of {', '.join(options)}; found {name!r}")
     return options[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a number among the options must be.
+
+    Args:
+        low: the least; infinite for none.
+        high: the greatest; infinite for none.
+        above: ``low`` itself is out.
+        below: ``high`` itself is out.
+        whole: an integer.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+
+    def holds(self, found: Any) -> bool:
+        """Whether a value is a finite number inside the limits; ``True`` and text are none."""
+        if isinstance(found, bool) or not isinstance(found, Integral if self.whole else Real):
+            return False
+        value: Any = found
+        if not abs(value) <= sys.float_info.max:  # NaN, infinities, integers that no float holds
+            return False
+        return (self.low < value if self.above else self.low <= value) and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        """In words, after "expected"."""
+        kind = "a whole number" if self.whole else "a finite number"
+        if self.high < math.inf:
+            bounds = f"{'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+            return f"{'a whole' if self.whole else 'a'} number in {bounds}"
+        if self.low > -math.inf:
+            return "a positive, finite number" if self.above and self.low == 0 else f"{kind}, at least {self.low:g}"
+        return kind
+
+
+COUNT = Limit(1, whole=True)
+STEPS = Limit(0, whole=True)
+WEIGHT = Limit(0)
+POSITIVE = Limit(0, above=True)
+SHARE = Limit(0, 1)
+
+
+def check_numbers(values: Mapping[str, Any], limits: Mapping[str, Limit], where: str = "") -> None:
+    """Check numbers among options, each against its limit.
+
+    Args:
+        values: options by name; None is an option left out, and of several numbers each is checked.
+        limits: of the options to check, by name.
+        where: stands before the name in the message, such as ``sampling.``.
+
+    Raises:
+        ConfigError: a number outside its limit, NaN or an infinity.
+
+    >>> check_numbers({"beta": float("nan")}, {"beta": WEIGHT})
+    Traceback (most recent call last):
+    aapa_lightning.errors.ConfigError: beta: expected a finite number, at least 0, found nan
+    """
+    for name, limit in limits.items():
+        value = values[name]
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if each is not None and not limit.holds(each):
+                raise ConfigError(f"{where}{name}: expected {limit}, found {each!r}")
+
+
+def refuse_idle(owner: Callable[..., Any], values: Mapping[str, Any], names: Iterable[str], why: str, where: str = "") -> None:
+    """Refuse options that were set and would do nothing.
+
+    Args:
+        owner: the class or function whose options they are; an option that has its default counts as not set.
+        values: options by name.
+        names: those that do nothing as things are.
+        why: after "does nothing": ``without beta``.
+        where: stands before the name in the message.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    parameters = inspect.signature(owner).parameters
+    for name in names:
+        if values[name] != parameters[name].default:
+            raise ConfigError(f"{where}{name}={values[name]!r} does nothing {why}; change that, or leave {name} out")
 
 
 def in_one_line(error: BaseException) -> str:

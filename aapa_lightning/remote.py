@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import POSITIVE, STEPS, WEIGHT, ConfigError, check_numbers
 
 _LONGEST_WAIT = 30.0
 #: Bytes of an answer.
@@ -69,11 +69,8 @@ class Remote:
             raise ConfigError(
                 f"{self.option}.url: expected http://host:port, found {_without_login(self.url)!r}; a token goes into api_key_env"
             )
-        for name in ("connect_timeout", "read_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{self.option}.{name}: expected a number above 0, found {getattr(self, name)}")
-        if not (self.retries >= 0 and self.backoff >= 0):
-            raise ConfigError(f"{self.option}: expected retries and backoff of at least 0, found {self.retries} and {self.backoff}")
+        limits = {"connect_timeout": POSITIVE, "read_timeout": POSITIVE, "retries": STEPS, "backoff": WEIGHT}
+        check_numbers({name: getattr(self, name) for name in limits}, limits, f"{self.option}.")
 
     def named(self) -> str:
         """The server, as messages call it."""

@@ -166,8 +166,8 @@ def test_dropout_is_asked_for_twice(tiny_model_dir, batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, r"policy.lora.r: expected at least 1, found 0"),
-        ({"alpha": 0}, r"policy.lora.alpha: expected a number above 0"),
+        ({"r": 0}, r"policy.lora.r: expected a whole number, at least 1, found 0"),
+        ({"alpha": 0}, r"policy.lora.alpha: expected a positive, finite number"),
         ({"dropout": 1.0}, r"policy.lora.dropout: expected a number in \[0, 1\)"),
         ({"target_modules": []}, r"policy.lora.target_modules: expected names of layers, or all-linear"),
         ({"options": {"bias": "all"}}, r"policy.lora.options: expected keys of exclude_modules.*; found bias"),

@@ -11,14 +11,14 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.errors import ConfigError, MissingDependencyError, in_one_line
+from aapa_lightning.errors import COUNT, POSITIVE, ConfigError, Limit, MissingDependencyError, check_numbers, in_one_line
 
 #: Arguments of ``peft.LoraConfig`` that may be given by its own names. The others change base weights, train them, or cannot be merged.
 OPTIONS = (
@@ -69,14 +69,9 @@ class LoraSpec:
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for fits, expected, name in (
-            (self.r >= 1, "at least 1", "r"),
-            (self.alpha > 0, "a number above 0", "alpha"),
-            (0 <= self.dropout < 1, "a number in [0, 1)", "dropout"),
-            (len(self.target_modules) > 0, "names of layers, or all-linear", "target_modules"),
-        ):
-            if not fits:
-                raise ConfigError(f"policy.lora.{name}: expected {expected}, found {getattr(self, name)!r}")
+        check_numbers(asdict(self), {"r": COUNT, "alpha": POSITIVE, "dropout": Limit(0, 1, below=True)}, "policy.lora.")
+        if not self.target_modules:
+            raise ConfigError(f"policy.lora.target_modules: expected names of layers, or all-linear, found {self.target_modules!r}")
         options = self.options or {}
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise ConfigError(

@@ -17,10 +17,19 @@ from torch import Tensor
 from aapa_kernels import group_mean
 from aapa_lightning.anchor.signal import zero_variance_counts
 from aapa_lightning.anchor.thinking import answer_view
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, POSITIVE, SHARE, WEIGHT, Limit, check_numbers, choose, refuse_idle
 from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SumOverRanks, identity_sum
 
+LIMITS = {
+    "max_length_growth": POSITIVE,
+    "max_length_vs_expert": POSITIVE,
+    "max_zero_variance": SHARE,
+    "min_correlation": Limit(),
+    "min_entropy_ratio": WEIGHT,
+    "min_auroc": SHARE,
+    "patience": COUNT,
+}
 #: Logits are counted in bins of 0.1 between these limits; beyond them the discriminator is certain and the order does not matter.
 _LOGIT_LIMIT, _BINS = 20.0, 400
 
@@ -174,10 +183,12 @@ class Guard:
         action: Literal["warn", "stop"] = "warn",
         patience: int = 3,
     ) -> None:
-        if action not in ("warn", "stop") or patience < 1:
-            raise ConfigError(f"the guard expects action warn or stop and patience >= 1; found {action!r} and {patience}")
+        choose(dict.fromkeys(("warn", "stop")), action, "guard.action")
+        check_numbers(locals(), LIMITS, "guard.")
         self.highest = _given(length_growth=max_length_growth, length_vs_expert=max_length_vs_expert, score_zero_variance=max_zero_variance)
         self.lowest = _given(correlation=min_correlation, entropy_ratio=min_entropy_ratio, auroc=min_auroc)
+        if not (self.highest or self.lowest):
+            refuse_idle(Guard, locals(), ("action", "patience"), "without a limit")
         self.action, self.patience = action, patience
         self._first: dict[str, float] = {}
         self._broken: dict[str, int] = {}

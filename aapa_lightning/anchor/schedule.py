@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, WEIGHT, ConfigError, check_numbers
 
 
 class Schedule:
@@ -78,7 +78,7 @@ class _Wrapper(Schedule):
     """Changes the weight of another schedule, which goes on as if alone."""
 
     def __init__(self, schedule: Schedule | float) -> None:
-        self.schedule = as_schedule(schedule)
+        self.schedule = as_schedule(schedule, "schedule")
 
     @property
     def adapts(self) -> bool:
@@ -135,6 +135,8 @@ class Adaptive(_Wrapper):
         slow: float = 25.0,
     ) -> None:
         super().__init__(schedule)
+        options = ("decay", "recovery", "minimum", "tolerance", "fast", "slow")
+        check_numbers(locals(), dict.fromkeys(options, WEIGHT), "Adaptive: ")
         if not (0 < decay < 1 and decay <= recovery <= 1 and 0 <= minimum <= 1 and 1 <= fast < slow):
             raise ConfigError(
                 "Adaptive expects 0 < decay < 1, decay <= recovery <= 1, 0 <= minimum <= 1 and 1 <= fast < slow; "
@@ -181,20 +183,16 @@ class Adaptive(_Wrapper):
         self._averages = None if state["averages"] is None else [float(value) for value in state["averages"]]
 
 
-def as_schedule(weight: Schedule | float) -> Schedule:
-    """A number is a constant schedule."""
-    return weight if isinstance(weight, Schedule) else Constant(weight)
+def as_schedule(weight: Schedule | float, name: str = "weight") -> Schedule:
+    """A number is a constant schedule; ``name`` is what messages call it."""
+    return weight if isinstance(weight, Schedule) else Constant(_weight(name, weight))
 
 
 def _weight(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(
-            f"the weight of a loss term expects finite numbers >= 0 (at 0 it is logged and not trained on), found {name}={value}"
-        )
+    check_numbers({name: value}, {name: WEIGHT}, "the weight of a loss term (at 0 it is logged and not trained on): ")
     return float(value)
 
 
 def _steps(steps: int) -> int:
-    if steps < 1:
-        raise ConfigError(f"a schedule expects steps >= 1, found {steps}")
+    check_numbers({"steps": steps}, {"steps": COUNT}, "a schedule of a loss term's weight: ")
     return steps

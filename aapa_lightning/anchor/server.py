@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.errors import COUNT, DataError, check_numbers, choose
 from aapa_lightning.remote import Remote
 
 #: Scores become float32.
@@ -84,9 +84,9 @@ class ScoreServer(Remote):
     def __post_init__(self) -> None:
         choose(_APIS, self.api, "server.api")
         super().__post_init__()
-        for name in ("batch_size", "concurrency"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"server.{name}: expected a number above 0, found {getattr(self, name)}")
+        check_numbers(
+            {"batch_size": self.batch_size, "concurrency": self.concurrency}, {"batch_size": COUNT, "concurrency": COUNT}, "server."
+        )
 
     def scores(self, texts: Sequence[str], where: Sequence[str], model: str) -> list[float]:
         """Score ``N`` texts, in their order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_std
 from aapa_lightning.advantages import append_reward
-from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.errors import POSITIVE, ConfigError, check_numbers, choose
 from aapa_lightning.types import AnchorSignal, Mean, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 Transform = Literal["gan_ns", "score", "gan_sat", "bt_gap"]
@@ -62,10 +61,8 @@ class AnchorOptions:
         }
         for name, kind in choices.items():
             choose(dict.fromkeys(get_args(kind)), getattr(self, name), f"anchor {name}")
-        for name in ("tau", "softmin_temperature", "scale_floor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"anchor: {name} expects a finite number above 0, found {value}")
+        limits = dict.fromkeys(("tau", "softmin_temperature", "scale_floor"), POSITIVE)
+        check_numbers({name: getattr(self, name) for name in limits}, limits, "anchor: ")
         if self.granularity == "sentence" and self.combine == "reward":
             raise ConfigError(
                 "anchor: granularity=sentence does not go with combine=reward: a reward is one number per response, so the sentences' "

@@ -24,7 +24,7 @@ from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
 from aapa_lightning.anchor.signal import AnchorOptions, Combine, Granularity, Pool, Scale, Transform, Truncated, build_signal
 from aapa_lightning.anchor.thinking import answer_view
 from aapa_lightning.data.records import require_experts
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, refuse_idle
 from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
@@ -76,6 +76,12 @@ class AnchorTerm:
         score_thinking: ScoreThinking = False,
         guard: Guard | None = None,
     ) -> None:
+        if pool != "softmin":
+            refuse_idle(AnchorTerm, locals(), ("softmin_temperature",), f"with pool {pool}", "anchor ")
+        if scale != "batch":
+            refuse_idle(AnchorTerm, locals(), ("scale_floor",), f"with scale {scale}", "anchor ")
+        if bank is None and guard is not None and "auroc" in guard.lowest:
+            raise ConfigError("guard.min_auroc does nothing without the experts' logits; name a bank, or leave min_auroc out")
         self.options = AnchorOptions(transform, tau, pool, softmin_temperature, scale, scale_floor, granularity, combine, truncated)
         self.options.check()
         self.discriminator = discriminator

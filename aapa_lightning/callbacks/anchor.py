@@ -16,7 +16,7 @@ from aapa_lightning.anchor.schedule import Schedule
 from aapa_lightning.anchor.segment import Segmenter
 from aapa_lightning.anchor.signal import Combine, Granularity, Pool, Scale, Transform, Truncated
 from aapa_lightning.anchor.term import AnchorTerm
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, refuse_idle
 from aapa_lightning.thinking import ScoreThinking
 
 
@@ -67,6 +67,8 @@ class AnchorCallback(Callback):
         encoder: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if not isinstance(discriminator, str):
+            refuse_idle(AnchorCallback, locals(), ("encoder", "trust_remote_code"), "with a discriminator that is loaded", "anchor ")
         self.discriminator, self.bank = discriminator, bank
         self.encoder, self.trust_remote_code = encoder, trust_remote_code
         self.options: dict[str, Any] = {

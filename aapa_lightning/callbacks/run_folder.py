@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from typing_extensions import override
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, check_numbers
 from aapa_lightning.files import atomic_write, write_text
 from aapa_lightning.runs import KEPT, MetricsCSV, RunBoard
 
@@ -29,8 +29,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_steps: int = 100, keep: Literal["last", "all"] = "last") -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"checkpoint.every_n_steps: expected at least 1, found {every_n_steps}")
+        check_numbers(locals(), {"every_n_steps": COUNT}, "checkpoint.")
         super().__init__(
             filename="{step}",
             save_last=True,

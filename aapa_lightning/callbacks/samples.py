@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, check_numbers
 from aapa_lightning.files import atomic_write
 from aapa_lightning.loop.experience import Experience
 
@@ -24,8 +24,7 @@ class SampleWriter(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, groups: int = 2) -> None:
-        if every_n_steps < 1 or groups < 1:
-            raise ConfigError(f"samples: expected every_n_steps and groups of at least 1, found {every_n_steps} and {groups}")
+        check_numbers(locals(), {"every_n_steps": COUNT, "groups": COUNT}, "samples.")
         self.every_n_steps = every_n_steps
         self.groups = groups
         self._step = 0

@@ -9,7 +9,7 @@ import lightning as L
 
 from aapa_lightning.data.inputs import Source, as_records
 from aapa_lightning.data.records import require_experts, split_records
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, Limit, check_numbers, refuse_idle
 from aapa_lightning.types import Record
 
 
@@ -46,6 +46,9 @@ class AapaDataModule(L.LightningDataModule):
         val_fraction: float = 0.0,
         seed: int = 0,
     ) -> None:
+        check_numbers(locals(), {"val_fraction": Limit(0, 1, below=True), "seed": Limit(whole=True)}, "data.")
+        if not val_fraction:
+            refuse_idle(AapaDataModule, locals(), ("seed",), "without val_fraction, whose split alone it draws", "data.")
         super().__init__()  # Path among the types keeps the command line from reading a dataset as a configuration
         self._sources = {"train": train, "val": val, "test": test, "demonstrations": demonstrations}
         self._sources |= {"golden": golden, "golden_val": golden_val}

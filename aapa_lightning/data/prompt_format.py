@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, ConfigError, check_numbers
 
 TemplateUse = Literal["auto", "always", "never"]
 Overlong = Literal["error", "drop"]
@@ -62,8 +62,7 @@ class PromptFormat:
         ):
             if value not in options:
                 raise ConfigError(f"{name} must be one of {', '.join(options)}, found {value!r}")
-        for name in ("max_prompt_tokens", "max_response_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        limits = {"max_prompt_tokens": COUNT, "max_response_tokens": COUNT}
+        check_numbers({name: getattr(self, name) for name in limits}, limits)
         if reserved := RESERVED & self.chat_template_kwargs.keys():
             raise ConfigError(f"chat_template_kwargs cannot set {sorted(reserved)}: the encoder does; give options of the template only")

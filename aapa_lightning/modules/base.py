@@ -180,6 +180,8 @@ class PolicyModule(DrawsAhead):
         """
         if self.anchor is not None:
             self.anchor.check_host(group_size=samples)
+            if "correlation" in self.anchor.guard.lowest:
+                raise ConfigError(f"guard.min_correlation does nothing: it asks for rewards, and {why_loss}; leave it out")
             if self.anchor.combine != "loss":
                 raise ConfigError(f"anchor: combine={self.anchor.combine} joins a reward, and {why_loss}; use combine=loss")
         return WindowPlan(

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from aapa_lightning.errors import COUNT, SHARE, STEPS, check_numbers, choose
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window
 from aapa_lightning.modules.grpo import GRPOModule
-from aapa_lightning.objectives.chord import SFTWeight, chord_mu, chord_sft_loss
+from aapa_lightning.objectives.chord import WEIGHTS, SFTWeight, chord_mu, chord_sft_loss
 from aapa_lightning.policy import PolicySpec
 
 
@@ -45,6 +46,9 @@ class CHORDModule(GRPOModule):
         sft_weight: SFTWeight = "phi",
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), {"expert_batch_size": COUNT, "mu_warmup_steps": STEPS, "mu_decay_steps": STEPS})
+        check_numbers(locals(), {"mu_peak": SHARE, "mu_valley": SHARE})
+        choose(WEIGHTS, sft_weight, "sft_weight")
         super().__init__(policy, **kwargs)
         self.expert_batch_size = expert_batch_size
         self.sft_weight = sft_weight

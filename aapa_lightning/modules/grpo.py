@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aapa_lightning.advantages import AdvantageScale, RewardAggregation
 from aapa_lightning.anchor.signal import combine_advantages
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, WEIGHT, ConfigError, check_numbers, choose, refuse_idle
 from aapa_lightning.loop.collect import AdvantageOptions, Rescore, no_rescoring
 from aapa_lightning.loop.experience import Experience
 from aapa_lightning.loop.plan import WindowPlan
@@ -20,10 +20,16 @@ from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window, policy_inputs, window_logprobs
 from aapa_lightning.modules.base import PolicyModule
 from aapa_lightning.objectives.grpo import grpo_loss
+from aapa_lightning.objectives.kl import WITH_RATIO
 from aapa_lightning.objectives.surrogate import RatioLevel, clipped_surrogate
 from aapa_lightning.policy import PolicySpec
 from aapa_lightning.reduce import Aggregation
 from aapa_lightning.types import LossOutputs, Rollouts, TokenLossInputs
+
+LIMITS = {
+    **dict.fromkeys(("prompts_per_window", "group_size", "minibatches", "updates_per_window"), COUNT),
+    **dict.fromkeys(("clip_low", "clip_high", "beta", "reward_kl", "entropy_coef"), WEIGHT),
+}
 
 
 class GRPOModule(PolicyModule):
@@ -75,6 +81,10 @@ class GRPOModule(PolicyModule):
         mask_truncated: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), LIMITS)
+        choose(WITH_RATIO, kl_estimator, "kl_estimator")
+        if not beta:
+            refuse_idle(GRPOModule, locals(), ("kl_estimator", "kl_ratio"), "without beta")
         super().__init__(policy, **kwargs)
         self.prompts_per_window = prompts_per_window
         self.group_size = group_size

@@ -26,11 +26,12 @@ from aapa_lightning.data.encode import (
 )
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import check_numbers, refuse_idle
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, predicted_rows
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
+from aapa_lightning.modules.limits import INFERENCE
 from aapa_lightning.modules.parallel import load_placed
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
 from aapa_lightning.policy import PolicySpec, eos_token_ids
@@ -100,6 +101,11 @@ class InferenceModule(L.LightningModule):
         predict_temperatures: Sequence[float] = (1.0,),
         predict_samples: int = 1,
     ) -> None:
+        check_numbers(locals(), INFERENCE)
+        if not rewards:
+            refuse_idle(InferenceModule, locals(), ("reward_weights",), "without rewards")
+        if eval_samples == 0:
+            refuse_idle(InferenceModule, locals(), ("eval_temperature",), "with eval_samples 0")
         super().__init__()
         self.policy = policy
         self.prompt_format = prompt_format or PromptFormat()
@@ -107,9 +113,6 @@ class InferenceModule(L.LightningModule):
         self.rewards = RewardSet(rewards, reward_weights, score_thinking=score_thinking) if rewards else None
         self.judges, self.score_thinking = judges or [], score_thinking
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        for name, value in (("rollout_rows", rollout_rows), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {value}")
         self.engine_choice = engine
         self.rollout_rows = rollout_rows
         self.eval_batch_size = eval_batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from aapa_lightning.data.encode import encode_demonstration, fit_lengths
 from aapa_lightning.data.pairs import require_labels, require_pairs
 from aapa_lightning.data.prompt_format import PromptFormat
-from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.errors import COUNT, POSITIVE, STEPS, WEIGHT, ConfigError, check_numbers, choose
 from aapa_lightning.loop.loader import WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.preferences import (
@@ -43,6 +42,8 @@ from aapa_lightning.policy import PolicySpec
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.types import Demonstration, PairLossInputs, Record, SumOverRanks
 
+LIMITS = {"batch_size": COUNT, "anchor_group_size": COUNT, "sft_weight": WEIGHT, "clip_low": WEIGHT, "clip_high": WEIGHT}
+
 
 @dataclass(frozen=True, slots=True)
 class StressOptions:
@@ -57,6 +58,10 @@ class StressOptions:
     rho: float = 0.05
     start_layer: int = 0
     direction: Literal["gradient", "gaussian"] = "gradient"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number outside its limit."""
+        check_numbers({"rho": self.rho, "start_layer": self.start_layer}, {"rho": POSITIVE, "start_layer": STEPS}, "stress.")
 
     def build(self, model: nn.Module, sum_over_ranks: SumOverRanks, world_size: int) -> WeightStress:
         """The perturbation of a policy's weights."""
@@ -118,6 +123,7 @@ class PreferenceModule(PolicyModule):
         clip_high: float = 0.2,
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), LIMITS)
         super().__init__(policy, **kwargs)
         self.objective = choose(PREFERENCES, objective, "objective")
         self.objective_name = objective
@@ -135,8 +141,6 @@ class PreferenceModule(PolicyModule):
         self._check(stress)
 
     def _check(self, stress: StressOptions | None) -> None:
-        if not 0 <= self.sft_weight < math.inf:
-            raise ConfigError(f"sft_weight: expected a finite number, 0 or above, found {self.sft_weight}")
         if self._probe is None and stress is not None:
             raise ConfigError(f"objective {self.objective_name} perturbs no weights; leave stress out")
         if not self.objective.needs_reference and (self.reference or self.reference_cache):

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from aapa_lightning.anchor.polar import RewardModelDiscriminator
 from aapa_lightning.data.pairs import require_pairs
-from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.errors import COUNT, WEIGHT, ConfigError, DataError, Limit, check_numbers, choose
 from aapa_lightning.export import STALE
 from aapa_lightning.files import whole_folder
 from aapa_lightning.loop.classifier import load_classifier
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 #: Prefixes of the figures of held-out human and golden pairs, in the order of their loaders.
 FIGURES = ("", "golden_")
+
+
+LIMITS = {
+    **dict.fromkeys(("max_tokens", "max_response_tokens", "batch_size", "golden_batch_size", "eval_batch_size"), COUNT),
+    **dict.fromkeys(("human_weight", "golden_weight"), WEIGHT),
+    "seed": Limit(whole=True),
+}
 
 
 @dataclass(slots=True)
@@ -127,11 +134,10 @@ class RewardModelModule(WindowedModule):
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), LIMITS)
         super().__init__(**kwargs)
         choose(OVERLONG, overlong, "overlong")
         choose(RANKINGS, golden_loss, "golden_loss")
-        if not (human_weight >= 0 and golden_weight >= 0):
-            raise ConfigError(f"human_weight, golden_weight: expected at least 0, found {human_weight} and {golden_weight}")
         self.base, self.overlong, self.eval_batch_size = base, overlong, eval_batch_size
         self.batch_size, self.golden_batch_size = batch_size, golden_batch_size
         self.human_weight, self.golden_weight, self.golden_loss = human_weight, golden_weight, golden_loss

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from aapa_lightning.errors import COUNT, WEIGHT, check_numbers
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm
 from aapa_lightning.loop.window import Window
@@ -52,6 +53,7 @@ class SFTModule(PolicyModule):
         clip_high: float = 0.2,
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), {"batch_size": COUNT, "anchor_group_size": COUNT, "clip_low": WEIGHT, "clip_high": WEIGHT})
         super().__init__(policy, optimizer=optimizer, **kwargs)
         self.batch_size = batch_size
         self.anchor_group_size = anchor_group_size

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import STEPS, ConfigError, check_numbers
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.terms import LossTerm, join_terms
 from aapa_lightning.loop.window import Window
@@ -34,9 +34,10 @@ class UniAPLModule(GRPOModule):
     needs_experts = "UniAPL imitates expert responses"
 
     def __init__(self, policy: PolicySpec, *, demonstrations_per_step: int = 16, rl_weight: float | Schedule = 1.0, **kwargs: Any) -> None:
+        check_numbers(locals(), {"demonstrations_per_step": STEPS})
         super().__init__(policy, **kwargs)
         self.demonstrations_per_step = demonstrations_per_step
-        self.rl_weight = as_schedule(rl_weight)
+        self.rl_weight = as_schedule(rl_weight, "rl_weight")
         if self.rl_weight.adapts:
             raise ConfigError(
                 "rl_weight: expected a number or a schedule of the step alone (Linear, Cosine, Warmup), found one that adapts; Adaptive is "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, check_numbers
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
@@ -27,6 +27,7 @@ from aapa_lightning.modules.checkpointing import (
     rescale_progress,
     rewind_progress,
 )
+from aapa_lightning.modules.limits import WINDOWED, check_optimizer_numbers, check_trainer_numbers
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.modules.optimizing import OptimizerResume
 from aapa_lightning.modules.parallel import engine_of, prepare_engine
@@ -84,6 +85,7 @@ class WindowedModule(L.LightningModule):
         term_norms_every: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_numbers(locals(), WINDOWED)
         super().__init__(*args, **kwargs)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -136,16 +138,13 @@ class WindowedModule(L.LightningModule):
             scheduler = self._optimizer.made(optimizer, self.lr_scheduler)
         except ValueError as error:  # their way to refuse an argument
             raise ConfigError(f"model: optimizer or lr_scheduler: {error}") from error
+        check_optimizer_numbers(optimizer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Data ----------------------------------------------------------------------------------------------------------------------------
 
     def window_loader(self, plan: WindowPlan, prompts: Records, demonstrations: Records) -> WindowLoader:
-        """Build the loader of this rank's windows over checked records, and check the run's numbers.
-
-        Raises:
-            ConfigError: numbers that do not divide, or what a resume refuses.
-        """
+        """Build the loader of this rank's windows. Raises ConfigError for numbers that do not divide, or what a resume refuses."""
         trainer = self.trainer
         self.plan = plan
         used = {"data.train": prompts} if plan.prompts else {}
@@ -158,6 +157,7 @@ class WindowedModule(L.LightningModule):
             demonstrations=streams.get("data.demonstrations (or train)"),
             position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
         )
+        check_trainer_numbers(trainer)
         check_trainer(trainer, plan, len(loader))
         if self._restored is not None:
             check_resume(self._restored, plan, trainer.global_step, self.seed, {name: stream.records for name, stream in streams.items()})

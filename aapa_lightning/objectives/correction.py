@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.errors import SHARE, Limit, check_numbers, choose, refuse_idle
 from aapa_lightning.objectives.kl import LOG_RATIO_LIMIT, kl_penalty
 from aapa_lightning.reduce import masked_mean, masked_sum
 
@@ -61,13 +61,15 @@ class CorrectionOptions:
         choose(MODES, self.mode, "correction.mode")
         choose(dict.fromkeys(("token", "sequence")), self.level, "correction.level")
         choose(SEQUENCES, self.sequence, "correction.sequence")
-        for name, low, high in (("", self.low, self.high), ("reject_", self.reject_low, self.reject_high)):
-            if not 0.0 <= low <= 1.0 <= high:
-                raise ConfigError(
-                    f"correction: expected 0 <= {name}low <= 1 <= {name}high, so that equal policies weigh 1; found {low} and {high}"
-                )
-        if self.mode == "none" and (self.reject_low > 0.0 or self.reject_high < math.inf):
-            raise ConfigError("correction: reject_low and reject_high do nothing with mode none; use mode truncate or mask")
+        # so that equal policies weigh 1
+        upper = {name: value for name in ("high", "reject_high") if (value := getattr(self, name)) != math.inf}
+        limits = {"low": SHARE, "reject_low": SHARE, **dict.fromkeys(upper, Limit(1))}
+        check_numbers(asdict(self), limits, "correction.")
+        if self.mode == "none":
+            idle = [field.name for field in fields(self) if field.name != "mode"]
+            refuse_idle(CorrectionOptions, asdict(self), idle, "with mode none (use truncate or mask)", "correction.")
+        if self.level == "token":
+            refuse_idle(CorrectionOptions, asdict(self), ["sequence"], "with level token", "correction.")
 
 
 def correction_weights(

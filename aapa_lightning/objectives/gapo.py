@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import WEIGHT, ConfigError, check_numbers
 from aapa_lightning.objectives.pairs import check_positive, check_smoothing, logistic, mean_logprobs, pair_outputs
 from aapa_lightning.types import LossOutputs, PairLossInputs
 
@@ -37,6 +37,7 @@ def gapo_loss(inputs: PairLossInputs, *, beta: float = 2.0, gamma_beta_ratio: fl
     """
     check_positive(beta=beta)
     check_smoothing(label_smoothing)
+    check_numbers({"gamma_beta_ratio": gamma_beta_ratio}, {"gamma_beta_ratio": WEIGHT})
     if inputs.stressed_margins is None:
         raise ConfigError("gapo compares each margin with the one at perturbed weights: expected stressed_margins, found None")
     chosen, rejected = mean_logprobs(inputs)

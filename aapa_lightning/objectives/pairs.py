@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import POSITIVE, ConfigError, check_numbers
 from aapa_lightning.types import LossOutputs, PairLossInputs
 
 
@@ -106,9 +104,7 @@ def accuracy(margin: Tensor) -> Tensor:
 
 def check_positive(**options: float) -> None:
     """Raise a ``ConfigError`` unless every option is a positive, finite number."""
-    for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name}: expected a positive, finite number, found {value}")
+    check_numbers(options, dict.fromkeys(options, POSITIVE))
 
 
 def check_smoothing(label_smoothing: float) -> None:

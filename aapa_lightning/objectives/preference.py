@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aapa_lightning.errors import ConfigError, choose
+from aapa_lightning.errors import ConfigError, Limit, check_numbers, choose
 from aapa_lightning.objectives.amapo import amapo_loss
 from aapa_lightning.objectives.dpo import dpo_loss
 from aapa_lightning.objectives.dr_dpo import dr_dpo_loss
@@ -72,6 +72,8 @@ class PreferenceObjective:
             raise ConfigError(f"{name} has no options; found {', '.join(options)}")
         for option, value in options.items():
             _check_type(f"option {option} of {name}", value, choose(types, option, f"option of {name}"))
+            if types[option] in (int, float):
+                check_numbers(options, {option: Limit()}, f"option of {name}: ")
         bound = partial(self.loss, **{**self.options, **options})
         # One made-up row runs the function's own range checks now rather than at the first step.
         bound(_made_up_row(self.labels))

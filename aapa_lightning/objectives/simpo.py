@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aapa_lightning.errors import WEIGHT, check_numbers
 from aapa_lightning.objectives.pairs import check_positive, check_smoothing, logistic, mean_logprobs, pair_outputs
 from aapa_lightning.types import LossOutputs, PairLossInputs
 
@@ -32,6 +33,7 @@ def simpo_loss(inputs: PairLossInputs, *, beta: float = 2.5, gamma_beta_ratio: f
     """
     check_positive(beta=beta)
     check_smoothing(label_smoothing)
+    check_numbers({"gamma_beta_ratio": gamma_beta_ratio}, {"gamma_beta_ratio": WEIGHT})
     chosen, rejected = mean_logprobs(inputs)
     margin = chosen - rejected
     losses, slope = logistic(beta * (margin - gamma_beta_ratio), label_smoothing)

@@ -45,8 +45,8 @@ def clipped_surrogate(inputs: TokenLossInputs, *, clip_low: float = 0.2, clip_hi
     Args:
         inputs: policy and old log-probs, mask, advantages, weights. A sequence ratio with advantages that differ inside a response spreads
             each token's advantage over the whole response.
-        clip_low: lower clip, in (0, 1].
-        clip_high: upper clip, positive.
+        clip_low: lower clip, at least 0; from 1 on there is none.
+        clip_high: upper clip, at least 0.
         ratio_level: ``token`` or ``sequence``.
 
     Returns:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import COUNT, STEPS, WEIGHT, ConfigError, Limit, check_numbers
 from aapa_lightning.types import Record, Rollouts
+
+LIMITS = {"max_new_tokens": COUNT, "temperature": WEIGHT, "top_p": Limit(0, 1, above=True), "top_k": STEPS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for fits, expected, name in (
-            (self.max_new_tokens >= 1, "at least 1", "max_new_tokens"),
-            (0 <= self.temperature < float("inf"), "a finite number, at least 0", "temperature"),
-            (0 < self.top_p <= 1, "a number in (0, 1]", "top_p"),
-            (self.top_k >= 0, "at least 0", "top_k"),
-            (all(self.stop), "strings that are not empty", "stop"),
-        ):
-            if not fits:
-                raise ConfigError(f"sampling.{name}: expected {expected}, found {getattr(self, name)!r}")
+        check_numbers(asdict(self), LIMITS, "sampling.")
+        if not all(self.stop):
+            raise ConfigError(f"sampling.stop: expected strings that are not empty, found {self.stop!r}")
 
 
 @dataclass(frozen=True, slots=True)

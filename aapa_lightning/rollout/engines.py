@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from aapa_lightning.errors import COUNT, check_numbers
 from aapa_lightning.rollout.base import EngineFactory, RolloutEngine
 from aapa_lightning.rollout.continuous_engine import ContinuousEngine
 from aapa_lightning.rollout.decoding import can_decode
@@ -57,7 +58,8 @@ def build_engine(
     """
     if callable(choice):
         engine = choice(model, tokenizer, eos_ids)
-        if isinstance(engine, EmbeddedEngine) and engine.max_rows is None:
-            engine.max_rows = max_rows
+        if isinstance(engine, EmbeddedEngine):
+            check_numbers({"max_rows": engine.max_rows}, {"max_rows": COUNT}, "engine.")
+            engine.max_rows = engine.max_rows or max_rows
         return engine
     return ENGINES[choice](model, tokenizer, eos_ids, max_rows=max_rows)

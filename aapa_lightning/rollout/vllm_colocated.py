@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from aapa_lightning.errors import ConfigError, DataError, MissingDependencyError, in_one_line
+from aapa_lightning.errors import COUNT, ConfigError, DataError, Limit, MissingDependencyError, check_numbers, in_one_line
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
 from aapa_lightning.rollout.vllm_requests import check_response, sampling_fields
@@ -61,10 +61,7 @@ class VLLMEngine(RolloutEngine):
         options: dict[str, Any] | None = None,
         weights: NamedWeights = named_weights,
     ) -> None:
-        if not 0 < gpu_memory_utilization < 1:
-            raise ConfigError(
-                f"engine.gpu_memory_utilization: expected a share of the GPU's memory in (0, 1), found {gpu_memory_utilization}"
-            )
+        check_numbers(locals(), {"gpu_memory_utilization": Limit(0, 1, above=True, below=True), "max_model_len": COUNT}, "engine.")
         if sleep_level not in (0, 1, 2):
             raise ConfigError(f"engine.sleep_level: expected 0, 1 or 2, found {sleep_level!r}")
         self._vllm = _vllm()

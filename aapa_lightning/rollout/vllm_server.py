@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from aapa_lightning.errors import AapaError, ConfigError, DataError, in_one_line
+from aapa_lightning.errors import COUNT, AapaError, ConfigError, DataError, check_numbers, in_one_line, refuse_idle
 from aapa_lightning.remote import Refused, Remote
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
@@ -143,8 +143,9 @@ class VLLMServerEngine(RolloutEngine):
             backoff=backoff,
             api_key_env=api_key_env,
         )
-        if concurrency < 1:
-            raise ConfigError(f"engine.concurrency: expected at least 1, found {concurrency}")
+        check_numbers(locals(), {"concurrency": COUNT}, "engine.")
+        if folder is None:
+            refuse_idle(VLLMServerEngine, locals(), ("folder_on_server",), "without a folder", "engine.")
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, tuple(eos_ids)
         self.folder = None if folder is None else Path(folder).absolute()
         self.folder_on_server = folder_on_server

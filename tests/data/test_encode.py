@@ -343,7 +343,7 @@ def test_fit_lengths(plain, caplog):
         ({"chat_template": "yes"}, "chat_template must be one of auto, always, never, found 'yes'"),
         ({"overlong": "cut"}, "overlong must be one of error, drop"),
         ({"assistant_turns": "first"}, "assistant_turns must be one of last, all"),
-        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1, found 0"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens: expected a whole number, at least 1, found 0"),
         ({"chat_template_kwargs": {"tokenize": True}}, r"chat_template_kwargs cannot set \['tokenize'\]"),
     ],
 )

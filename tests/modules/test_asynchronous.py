@@ -179,5 +179,5 @@ def test_a_draw_that_fails_costs_no_checkpoint_and_leaves_no_thread(kit, spec, t
 
 @pytest.mark.parametrize("options", [{"rollout_rows": 0}, {"eval_batch_size": 0}])
 def test_sizes_of_nothing_are_refused(kit, spec, options) -> None:
-    with pytest.raises(ConfigError, match="expected at least 1, found 0"):
+    with pytest.raises(ConfigError, match="expected a whole number, at least 1, found 0"):
         kit.make_module("grpo", spec, **options)

@@ -12,7 +12,7 @@ WORKER = Path(__file__).with_name("preference_worker.py")
 PLAIN = {
     "dpo": {"options": {"objective": "dpo", "options": {"beta": 0.05}}},
     "dpo anchored": {"options": {"objective": "dpo"}, "anchored": True},
-    "dpo cached": {"options": {"objective": "dpo", "options": {"beta": 0.05}}, "cached": True},
+    "dpo cached": {"options": {"objective": "dpo", "options": {"beta": 0.05}}, "cached": True, "moved": True},
     "simpo": {"options": {"objective": "simpo"}},
     "orpo": {"options": {"objective": "orpo"}},
     "rpo": {"options": {"objective": "rpo", "sft_weight": 0.5}},

@@ -184,7 +184,7 @@ def test_schedules_count_optimiser_steps(kit, spec, schedule, weights):
 def test_refusals(kit, spec):
     with pytest.raises(ConfigError, match="rl_weight: expected a number or a schedule of the step alone"):
         kit.make_module("uniapl", spec, rl_weight=Warmup(Adaptive(1.0), 3))
-    with pytest.raises(ConfigError, match="found value=-1"):
+    with pytest.raises(ConfigError, match="rl_weight: expected a finite number, at least 0, found -1"):
         kit.make_module("uniapl", spec, rl_weight=-1.0)
     for combine in ("advantage", "reward"):
         with pytest.raises(ConfigError, match=f"combine={combine} .* use combine=loss"):
