@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from aapa_lightning.data.encode import NamedText, expert_responses
 from aapa_lightning.data.responses import response_row
+from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import Record, Rollouts
 
@@ -63,3 +65,13 @@ def predicted_rows(rollouts: Rollouts, samples: int, temperature: float, thinkin
         cut = bool(rollouts.truncated[i])
         rows.append(response_row(record, text, temperature=temperature, sample=i % samples, truncated=cut, **known))
     return rows
+
+
+def is_pair(record: Record) -> bool:
+    """Whether a record has both responses of a pair."""
+    return record.chosen is not None and record.rejected is not None
+
+
+def judged_responses(record: Record) -> list[NamedText]:
+    """The responses whose likelihood evaluation reports, by name."""
+    return [*expert_responses(record)[:1], *(preferred_texts(record) if is_pair(record) else ())]

@@ -70,7 +70,7 @@ class DrawsAhead(WindowedModule, InferenceModule):
         draw = self._under_this_autocast(partial(self.engine.generate, params=self.sampling, seed=self.seed))
         rollouts = self._ahead.take(step.window, requests, self.device)
         self._ahead.wait()
-        self.engine.sync(self.global_step)
+        self.sync_engine()
         if rollouts is None:
             rollouts = draw(requests, window=step.window)
             self._ahead.keep(step.window, rollouts)

@@ -148,8 +148,8 @@ class PolicyModule(DrawsAhead):
         requests = rollout_requests(self.tokenizer, step, self.prompt_format, plan)
         drawn = self.drawn_ahead(step, plan, requests)
         if drawn is None:
-            self.engine.sync(self.global_step)
-        return collect(
+            self.sync_engine()
+        experience = collect(
             requests,
             engine=self.engine,
             drawn=drawn,
@@ -164,6 +164,9 @@ class PolicyModule(DrawsAhead):
             rescore=self.rescore(),
             sum_over_ranks=self.sum_over_ranks,
         )
+        if self._weight_probe.gap is not None:
+            experience.metrics["engine/gap"] = self._weight_probe.gap
+        return experience
 
     def demonstration_plan(self, size: int, samples: int, accumulate: int, world_size: int, why_loss: str) -> WindowPlan:
         """Windows of one optimiser step over demonstrations (or pairs); responses are sampled to their prompts only when anchored.

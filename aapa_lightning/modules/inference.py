@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,12 +16,10 @@ from torch import nn
 from aapa_lightning.adapter_checkpoints import check_adapters, keep_adapters
 from aapa_lightning.adapters import has_adapters
 from aapa_lightning.data.encode import (
-    NamedText,
     OverlongError,
     encode_demonstration,
     encode_prompt,
     end_of_turn_id,
-    expert_responses,
     fit_lengths,
     no_responses,
 )
@@ -28,11 +27,11 @@ from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.errors import check_numbers, refuse_idle
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
-from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, predicted_rows
+from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, is_pair, judged_responses, predicted_rows
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.modules.limits import INFERENCE
-from aapa_lightning.modules.parallel import load_placed
+from aapa_lightning.modules.parallel import load_placed, sum_over_ranks
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
 from aapa_lightning.policy import PolicySpec, eos_token_ids
 from aapa_lightning.reduce import masked_mean
@@ -40,6 +39,7 @@ from aapa_lightning.rewards.base import Reward
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import EngineFactory, RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.engines import EngineName, build_engine
+from aapa_lightning.rollout.probe import WeightProbe
 from aapa_lightning.seeds import derive_seed
 from aapa_lightning.sharding import gathered_parameters, shard_units
 from aapa_lightning.thinking import ScoreThinking, as_thinking
@@ -70,6 +70,8 @@ class InferenceModule(L.LightningModule):
         engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first
             three arguments are filled in).
         rollout_rows: responses that an embedded engine generates at once; None for all.
+        engine_tolerance: most that the log-probs of an engine with weights of its own may differ from the policy's after a push, in nats
+            a token of a fixed prompt; beyond it the run stops. None does not ask. See ``rollout.probe``.
         eval_batch_size: prompts of an evaluation batch, on each device.
         eval_samples: responses per prompt in evaluation; 0 evaluates expert likelihood alone.
         eval_temperature: of the responses in evaluation; None takes that of ``sampling``.
@@ -95,6 +97,7 @@ class InferenceModule(L.LightningModule):
         seed: int | None = None,
         engine: EngineName | EngineFactory = "auto",
         rollout_rows: int | None = None,
+        engine_tolerance: float | None = 0.1,
         eval_batch_size: int = 32,
         eval_samples: int = 1,
         eval_temperature: float | None = None,
@@ -120,6 +123,7 @@ class InferenceModule(L.LightningModule):
         self.eval_temperature = self.sampling.temperature if eval_temperature is None else eval_temperature
         self.predict_temperatures = tuple(predict_temperatures)
         self.predict_samples = predict_samples
+        self._weight_probe = WeightProbe(engine_tolerance)
         self._loaded = False
         self._evaluator: Evaluator | None = None
         self._with_experts = False
@@ -171,6 +175,7 @@ class InferenceModule(L.LightningModule):
         """Let the engine free what it holds; it may be used again."""
         if self._loaded:
             self.engine.close()
+            self._weight_probe.forget()
 
     def eval_loader(self, records: Sequence[Record]) -> EvalLoader:
         """Batches of a split for this rank, of records that fit the length limits.
@@ -178,13 +183,13 @@ class InferenceModule(L.LightningModule):
         With ``overlong: drop`` a prompt whose expert response alone is too long stays; only the expert's likelihood is left out.
         """
         strict = self.prompt_format.overlong == "error"
-        responses = _judged_responses if strict else no_responses
+        responses = judged_responses if strict else no_responses
         records = fit_lengths(self.tokenizer, self._select(records), self.prompt_format, self.eos_token_id, responses)
         self._with_experts = any(record.experts for record in records)
-        self._with_pairs = any(_is_pair(record) for record in records)
+        self._with_pairs = any(is_pair(record) for record in records)
         if not (strict or self.trainer.predicting):  # one that cannot be encoded at all must not end a run at its first validation
             for record in records:
-                for name, text in _judged_responses(record):
+                for name, text in judged_responses(record):
                     self._response(record, text, name)
         return EvalLoader(records, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
 
@@ -203,11 +208,16 @@ class InferenceModule(L.LightningModule):
         ]
         if samples == 0:
             return None
-        self.engine.sync(self.global_step)  # ranks that have run out of prompts, too: they hand weights over together
+        self.sync_engine()  # ranks that have run out of prompts, too: they hand weights over together
         if not requests:
             return None
         seed = derive_seed(purpose, self.seed, str(temperature))
         return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
+
+    def sync_engine(self) -> None:
+        """Give the engine the policy's weights. Raises ConfigError where they do not arrive. All ranks call it together."""
+        self.engine.sync(self.global_step)
+        self._weight_probe.check(self.engine, self.model, self.tokenizer, self.global_step, partial(sum_over_ranks, self))
 
     def _evaluate(self, step: EvalStep) -> None:
         if self._evaluator is None:
@@ -221,7 +231,7 @@ class InferenceModule(L.LightningModule):
         self._evaluate_pairs(step.records, self._evaluator)
 
     def _evaluate_pairs(self, records: Sequence[Record], evaluator: Evaluator) -> None:
-        pairs = [[self._response(record, text, name) for name, text in preferred_texts(record)] for record in records if _is_pair(record)]
+        pairs = [[self._response(record, text, name) for name, text in preferred_texts(record)] for record in records if is_pair(record)]
         kept = [(chosen, rejected) for chosen, rejected in pairs if chosen is not None and rejected is not None]
         if kept:
             responses = [response for side in zip(*kept, strict=True) for response in side]
@@ -247,6 +257,7 @@ class InferenceModule(L.LightningModule):
         trainer: Any = self.trainer
         if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
             self.engine.forget()
+            self._weight_probe.forget()
 
     def on_validation_epoch_start(self) -> None:
         """Let the engine take averaged weights."""
@@ -283,12 +294,3 @@ class InferenceModule(L.LightningModule):
             if rollouts is not None:
                 rows += predicted_rows(rollouts, self.predict_samples, temperature, as_thinking(self.score_thinking))
         return rows
-
-
-def _is_pair(record: Record) -> bool:
-    return record.chosen is not None and record.rejected is not None
-
-
-def _judged_responses(record: Record) -> list[NamedText]:
-    """The responses whose likelihood evaluation reports, by name."""
-    return [*expert_responses(record)[:1], *(preferred_texts(record) if _is_pair(record) else ())]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.modules.precision import trainer_precision
@@ -52,6 +52,15 @@ def engine_of(module: L.LightningModule) -> Any:
     """DeepSpeed's engine around the module in training; None under any other strategy."""
     strategy: Any = module.trainer.strategy
     return strategy.deepspeed_engine if strategy.handles_gradient_accumulation else None
+
+
+def sum_over_ranks(module: L.LightningModule, value: Tensor) -> Tensor:
+    """The ``SumOverRanks`` of a module's strategy; the value itself in a single process."""
+    trainer = module.trainer
+    if trainer.world_size == 1:
+        return value
+    reduced = trainer.strategy.reduce(value.detach().clone().to(module.device), reduce_op="sum")
+    return torch.as_tensor(reduced).to(value.device)
 
 
 def load_placed(module: L.LightningModule, spec: PolicySpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -30,7 +30,7 @@ from aapa_lightning.modules.checkpointing import (
 from aapa_lightning.modules.limits import WINDOWED, check_optimizer_numbers, check_trainer_numbers
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.modules.optimizing import OptimizerResume
-from aapa_lightning.modules.parallel import engine_of, prepare_engine
+from aapa_lightning.modules.parallel import engine_of, prepare_engine, sum_over_ranks
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
 from aapa_lightning.modules.term_norms import TermNorms
 from aapa_lightning.seeds import seed_everything
@@ -121,10 +121,7 @@ class WindowedModule(L.LightningModule):
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The ``SumOverRanks`` of the trainer's strategy."""
-        if self.trainer.world_size == 1:
-            return value
-        reduced = self.trainer.strategy.reduce(value.detach().clone().to(self.device), reduce_op="sum")
-        return torch.as_tensor(reduced).to(value.device)
+        return sum_over_ranks(self, value)
 
     def gather_over_ranks(self, value: Tensor) -> Tensor:
         """The ``GatherOverRanks`` of the trainer's strategy."""

@@ -18,7 +18,7 @@ from aapa_lightning.errors import COUNT, ConfigError, DataError, Limit, MissingD
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
 from aapa_lightning.rollout.vllm_requests import check_response, sampling_fields
-from aapa_lightning.rollout.vllm_weights import Dtype, NamedWeights, named_weights
+from aapa_lightning.rollout.vllm_weights import Dtype, NamedWeights, Taken, named_weights
 from aapa_lightning.sharding import is_sharded
 from aapa_lightning.types import Rollouts
 
@@ -106,8 +106,9 @@ class VLLMEngine(RolloutEngine):
             self._sleep()
         self._wake("weights")
         kind = getattr(torch, self.dtype)
-        weights = ((name, value.to(kind) if value.is_floating_point() else value) for name, value in self._weights(self.model))
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        weights = Taken((name, value.to(kind) if value.is_floating_point() else value) for name, value in self._weights(self.model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        weights.check("vLLM")
         self._llm.reset_prefix_cache()
         self._holds = self._step
 

@@ -63,6 +63,31 @@ def _weight_name(model: nn.Module, module: nn.Module) -> str:
     return next((f"{name}.weight" for name, other in model.named_modules() if other is module), "")
 
 
+class Taken:
+    """Weights that are counted as whoever loads them takes them.
+
+    Args:
+        weights: names and whole tensors.
+    """
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._weights = iter(weights)
+        self.count = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for named in self._weights:
+            self.count += 1
+            yield named
+
+    def check(self, by: str) -> None:
+        """Raise ConfigError unless all were taken, and there were any; what is left is gone through, since ranks gather it together."""
+        left = sum(1 for _ in self._weights)
+        if left or not self.count:
+            raise ConfigError(
+                f"engine: {by} took {self.count} of {self.count + left} tensors of the policy, so it would draw from others; see its log"
+            )
+
+
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: str | Path, dtype: Dtype, file_bytes: int = _FILE_BYTES) -> Path:
     """Write weights as safetensors files into a new folder, which appears whole or not at all.
 
@@ -71,6 +96,9 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: str | Path, dty
         folder: to be made.
         dtype: of the files' floating tensors.
         file_bytes: size from which the next file begins.
+
+    Raises:
+        ConfigError: there are none.
     """
     from safetensors.torch import save_file
 
@@ -78,7 +106,7 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: str | Path, dty
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    held: dict[str, Tensor] = {}
+    taken, held = Taken(weights), dict[str, Tensor]()
     files = itertools.count(1)
 
     def flush() -> None:
@@ -86,13 +114,14 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: str | Path, dty
         held.clear()
 
     try:
-        for name, value in weights:
+        for name, value in taken:
             kind = getattr(torch, dtype) if value.is_floating_point() else value.dtype
             held[name] = value.detach().to("cpu", kind).contiguous()
             if sum(tensor.nbytes for tensor in held.values()) >= file_bytes:
                 flush()
         if held:
             flush()
+        taken.check(f"the folder {folder}")
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -80,7 +80,7 @@ def test_averaged_weights_of_a_validation_draw_no_window(kit, spec) -> None:
 
 
 def test_every_window_but_the_first_is_drawn_in_the_background_by_weights_one_window_old(kit, spec) -> None:
-    module = asynchronous(kit, spec, minibatches=2, engine=Watched)  # two optimiser steps a window
+    module = asynchronous(kit, spec, minibatches=2, engine=Watched, engine_tolerance=None)  # two optimiser steps a window
     engines = []
     rows = kit.Rows()
 
@@ -135,7 +135,7 @@ def test_validation_waits_for_the_engine_and_changes_nothing(kit, spec) -> None:
 
 
 def test_an_error_in_the_background_ends_the_run(kit, spec) -> None:
-    module = asynchronous(kit, spec, engine=Watched)
+    module = asynchronous(kit, spec, engine=Watched, engine_tolerance=None)
     trainer = kit.make_trainer(5)
 
     class Break(kit.L.Callback):
@@ -157,7 +157,7 @@ def test_what_cannot_be_asynchronous_is_refused_before_training(kit, spec) -> No
 
 
 def test_a_second_fit_draws_anew(kit, spec) -> None:
-    module = asynchronous(kit, spec, engine=Watched)
+    module = asynchronous(kit, spec, engine=Watched, engine_tolerance=None)
     kit.fit(module, kit.make_trainer(2))
     module.engine.drawn.clear()
     kit.fit(module, kit.make_trainer(3), data=kit.make_records(8))
@@ -165,7 +165,7 @@ def test_a_second_fit_draws_anew(kit, spec) -> None:
 
 
 def test_a_draw_that_fails_costs_no_checkpoint_and_leaves_no_thread(kit, spec, tmp_path) -> None:
-    module = asynchronous(kit, spec, engine=Watched)
+    module = asynchronous(kit, spec, engine=Watched, engine_tolerance=None)
 
     class Break(kit.L.Callback):
         def on_train_start(self, trainer, pl_module):
