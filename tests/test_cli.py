@@ -232,7 +232,7 @@ def test_a_dry_run_leaves_nothing():
         (["--model.bogus=3"], "bogus"),
         (["--config=absent.yaml"], "absent.yaml"),
         (["--model=NoSuchModule"], "NoSuchModule"),
-        (["--checkpoint.every_n_steps=0"], "expected at least 1"),
+        (["--checkpoint.every_n_steps=0"], "expected a whole number, at least 1"),
         (["--ckpt_path=absent.ckpt"], "absent.ckpt"),
         (["--trainer.strategy=bogus"], "bogus"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Union, get_args, get_origin
 
 import pytest
@@ -23,7 +23,7 @@ from aapa_lightning.errors import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, ConfigE
 from aapa_lightning.modules.chord import CHORDModule
 from aapa_lightning.modules.grpo import GRPOModule
 from aapa_lightning.modules.inference import InferenceModule
-from aapa_lightning.modules.limits import check_optimizer_numbers
+from aapa_lightning.modules.limits import check_optimizer_numbers, check_trainer_numbers
 from aapa_lightning.modules.preference import PreferenceModule, StressOptions
 from aapa_lightning.modules.reward_model import RewardModelModule
 from aapa_lightning.modules.sft import SFTModule
@@ -62,7 +62,14 @@ OWNERS = {
     VLLMServerEngine: (partial(VLLMServerEngine, None, None, (), url="http://localhost:1"), ()),
 }
 #: Numbers that may be negative, or infinite: no bound.
-FREE = {("seed", -1), ("min_correlation", -1), ("high", math.inf), ("reject_high", math.inf), ("eval_temperature", None)}
+FREE = {
+    ("seed", -1),
+    ("min_correlation", -1),
+    ("min_correlation", -1.5),
+    ("high", math.inf),
+    ("reject_high", math.inf),
+    ("eval_temperature", None),
+}
 
 
 def _numbers(owner):
@@ -136,3 +143,11 @@ def test_options_that_do_nothing_alone_are_refused_by_name():
     refuse_idle(option, {"value": 3}, ["value"], "alone")
     with pytest.raises(ConfigError, match=r"^x\.value=4 does nothing alone; change that, or leave value out$"):
         refuse_idle(option, {"value": 4}, ["value"], "alone", "x.")
+
+
+@pytest.mark.parametrize("clip", [-1.0, math.nan, math.inf])
+def test_a_clip_of_the_gradient_is_checked_before_the_first_step(clip):
+    with pytest.raises(ConfigError, match=r"trainer\.gradient_clip_val: expected a finite number, at least 0, found"):
+        check_trainer_numbers(SimpleNamespace(gradient_clip_val=clip))
+    for good in (None, 0, 1.0):
+        check_trainer_numbers(SimpleNamespace(gradient_clip_val=good))

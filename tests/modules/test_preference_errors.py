@@ -84,7 +84,7 @@ def test_kto_needs_two_records_a_step(refused):
         ([f"{MODEL}.options={{beta: high}}"], ["option beta of dpo_loss: expected float, found 'high'"]),
         ([f"{MODEL}.options={{beta: -1.0}}"], ["beta: expected a positive, finite number, found -1.0"]),
         ([f"{MODEL}.objective=rrhf", f"{MODEL}.options={{beta: 1.0}}"], ["rrhf_loss has no options"]),
-        ([f"{MODEL}.sft_weight=-0.5"], ["sft_weight: expected a finite number, 0 or above, found -0.5"]),
+        ([f"{MODEL}.sft_weight=-0.5"], ["sft_weight: expected a finite number, at least 0, found -0.5"]),
         ([f"{MODEL}.objective=simpo", f"{MODEL}.reference_cache=x"], ["objective simpo has no reference policy", "leave"]),
         ([*GAPO, f"{MODEL}.reference.model=runs/debug/sft/export"], ["objective gapo has no reference policy"]),
         ([*KTO, f"{MODEL}.reference_cache=x"], ["reference_cache: kto also asks for", "leave it out"]),

@@ -159,15 +159,15 @@ def test_weights_kept_in_bfloat16_say_how_many_of_them_moved(kit, spec):
 @pytest.mark.parametrize(
     ("stress", "message"),
     [
-        (StressOptions(rho=0.0), "expected a finite rho > 0, found 0.0"),
-        (StressOptions(start_layer=9), "layer"),
-        (StressOptions(direction="sideways"), "direction"),
+        ({"rho": 0.0}, r"stress\.rho: expected a positive, finite number, found 0\.0"),
+        ({"start_layer": 9}, "layer"),
+        ({"direction": "sideways"}, "direction"),
     ],
 )
 def test_a_stress_that_cannot_be_is_refused_before_anything_else(kit, spec, stress, message):
-    module = kit.make_module("preference", spec, objective="gapo", stress=stress)
-    module.train_loader = lambda splits: pytest.fail("the data were read first")
     with pytest.raises(ConfigError, match=message):
+        module = kit.make_module("preference", spec, objective="gapo", stress=StressOptions(**stress))
+        module.train_loader = lambda splits: pytest.fail("the data were read first")
         kit.fit(module, kit.make_trainer(1))
 
 
