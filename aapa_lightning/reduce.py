@@ -53,6 +53,33 @@ def count_step(mask: Tensor) -> Tensor:
     return torch.stack((mask.sum(), mask.any(-1).sum()))
 
 
+class Mean(float):
+    """A mean that keeps its parts, so that the means of ranks and windows can be joined: a float, 0 for the mean of nothing.
+
+    Args:
+        total: sum of the values.
+        count: how many they are, or what they weigh together.
+
+    >>> Mean(6.0, 4), Mean(6.0, 4).count, Mean(0.0, 0)
+    (1.5, 4.0, 0.0)
+    """
+
+    total: float
+    count: float
+
+    def __new__(cls, total: float, count: float) -> Mean:
+        """The mean, with its parts as attributes."""
+        mean = super().__new__(cls, total / count if count else 0.0)
+        mean.total, mean.count = float(total), float(count)
+        return mean
+
+    @classmethod
+    def of(cls, values: Tensor) -> Mean:
+        """The mean of a tensor's values, summed in float64 where the device has it."""
+        kind = torch.float32 if values.device.type == "mps" else torch.float64
+        return cls(float(values.to(kind).sum()), values.numel())
+
+
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of the unmasked values, in float32 at least; what stands on masked positions (NaN too) has no effect on value or gradient.
 

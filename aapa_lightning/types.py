@@ -151,33 +151,6 @@ class SentenceSpans:
     char_spans: list[list[tuple[int, int]]]
 
 
-class Mean(float):
-    """A mean that keeps its parts, so that the means of ranks and windows can be joined: a float, 0 for the mean of nothing.
-
-    Args:
-        total: sum of the values.
-        count: how many they are, or what they weigh together.
-
-    >>> Mean(6.0, 4), Mean(6.0, 4).count, Mean(0.0, 0)
-    (1.5, 4.0, 0.0)
-    """
-
-    total: float
-    count: float
-
-    def __new__(cls, total: float, count: float) -> Mean:
-        """The mean, with its parts as attributes."""
-        mean = super().__new__(cls, total / count if count else 0.0)
-        mean.total, mean.count = float(total), float(count)
-        return mean
-
-    @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """The mean of a tensor's values, summed in float64 where the device has it."""
-        kind = torch.float32 if values.device.type == "mps" else torch.float64
-        return cls(float(values.to(kind).sum()), values.numel())
-
-
 @dataclass(slots=True)
 class AnchorSignal:
     """What the anchor says about a set of rollouts.
@@ -187,14 +160,14 @@ class AnchorSignal:
         scores: float32 ``[N]``, pooled score ``u`` of each response.
         advantages: float32 ``[N, L]``, centred and scaled, broadcast to tokens, 0 on padding. Not multiplied by lambda.
         spans: the sentences that were scored.
-        metrics: scalars to log, means over this rank's rows that know their counts.
+        metrics: scalars to log, means over this rank's rows (``reduce.Mean``).
     """
 
     logits: Tensor
     scores: Tensor
     advantages: Tensor
     spans: SentenceSpans
-    metrics: dict[str, Mean]
+    metrics: dict[str, float]
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_std
 from aapa_lightning.advantages import append_reward
 from aapa_lightning.errors import POSITIVE, ConfigError, check_numbers, choose
-from aapa_lightning.types import AnchorSignal, Mean, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+from aapa_lightning.reduce import Mean
+from aapa_lightning.types import AnchorSignal, Rollouts, SentenceSpans, SumOverRanks, identity_sum
 
 Transform = Literal["gan_ns", "score", "gan_sat", "bt_gap"]
 Pool = Literal["mean", "token_mean", "min", "softmin"]
@@ -118,7 +119,7 @@ def build_signal(
     return AnchorSignal(logits, scores, result.advantages, spans, metrics)
 
 
-def _metrics(logits: Tensor, spans: SentenceSpans, group_ids: Tensor, kept: Tensor, result: AnchorAdvantages) -> dict[str, Mean]:
+def _metrics(logits: Tensor, spans: SentenceSpans, group_ids: Tensor, kept: Tensor, result: AnchorAdvantages) -> dict[str, float]:
     """Means over this rank's rows, sentences, tokens or groups; only the ``batch`` scale is of all ranks."""
     compared = kept & (group_size(group_ids, kept) > 1)
     spread = group_std(result.scores, group_ids, kept)[compared]

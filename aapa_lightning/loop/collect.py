@@ -16,10 +16,10 @@ from aapa_lightning.anchor.term import AnchorTerm
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.experience import Experience, slice_rollouts
 from aapa_lightning.objectives.kl import kl_penalty
-from aapa_lightning.reduce import masked_sum
+from aapa_lightning.reduce import Mean, masked_sum
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
-from aapa_lightning.types import Mean, Rollouts, SumOverRanks, identity_sum
+from aapa_lightning.types import Rollouts, SumOverRanks, identity_sum
 
 #: Gives (old, reference) log-probs of rollouts, float32 ``[N, L]`` each or None.
 Rescore = Callable[[Rollouts], tuple[Tensor | None, Tensor | None]]

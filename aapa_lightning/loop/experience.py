@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aapa_lightning.types import Mean, Record, Rollouts
+from aapa_lightning.reduce import Mean
+from aapa_lightning.types import Record, Rollouts
 
 
 @dataclass(slots=True)

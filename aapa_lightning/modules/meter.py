@@ -11,8 +11,8 @@ from torch import Tensor
 
 from aapa_kernels.anchor_advantage.groups import accumulator
 from aapa_lightning.loop.terms import LossTerm
-from aapa_lightning.reduce import masked_sum
-from aapa_lightning.types import Mean, SumOverRanks
+from aapa_lightning.reduce import Mean, masked_sum
+from aapa_lightning.types import SumOverRanks
 
 
 class StepMeter:

@@ -3,8 +3,8 @@ import torch
 
 from aapa_lightning.loop.terms import LossTerm, total_loss
 from aapa_lightning.modules.meter import StepMeter
-from aapa_lightning.reduce import StepCounts, count_step
-from aapa_lightning.types import LossOutputs, Mean, identity_sum
+from aapa_lightning.reduce import Mean, StepCounts, count_step
+from aapa_lightning.types import LossOutputs, identity_sum
 
 CPU = torch.device("cpu")
 LOSSES = torch.arange(12.0).reshape(4, 3)

@@ -165,10 +165,13 @@ def test_weights_kept_in_bfloat16_say_how_many_of_them_moved(kit, spec):
     ],
 )
 def test_a_stress_that_cannot_be_is_refused_before_anything_else(kit, spec, stress, message):
-    with pytest.raises(ConfigError, match=message):
+    def run():
         module = kit.make_module("preference", spec, objective="gapo", stress=StressOptions(**stress))
         module.train_loader = lambda splits: pytest.fail("the data were read first")
         kit.fit(module, kit.make_trainer(1))
+
+    with pytest.raises(ConfigError, match=message):
+        run()
 
 
 def test_a_stress_without_gapo_is_refused(kit, spec):
