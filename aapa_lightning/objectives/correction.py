@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -63,11 +63,9 @@ class CorrectionOptions:
         choose(SEQUENCES, self.sequence, "correction.sequence")
         # so that equal policies weigh 1
         upper = {name: value for name in ("high", "reject_high") if (value := getattr(self, name)) != math.inf}
-        limits = {"low": SHARE, "reject_low": SHARE, **dict.fromkeys(upper, Limit(1))}
-        check_numbers(asdict(self), limits, "correction.")
+        check_numbers(asdict(self), {"low": SHARE, "reject_low": SHARE, **dict.fromkeys(upper, Limit(1))}, "correction.")
         if self.mode == "none":
-            idle = [field.name for field in fields(self) if field.name != "mode"]
-            refuse_idle(CorrectionOptions, asdict(self), idle, "with mode none (use truncate or mask)", "correction.")
+            refuse_idle(CorrectionOptions, asdict(self), list(asdict(self))[1:], "with mode none (use truncate or mask)", "correction.")
         if self.level == "token":
             refuse_idle(CorrectionOptions, asdict(self), ["sequence"], "with level token", "correction.")
 
