@@ -34,7 +34,7 @@ from aapa_lightning.anchor.files import write_tensors
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen, sentence_features
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.anchor.training import EncodedExamples, fit_temperature
-from aapa_lightning.data.examples import Example
+from aapa_lightning.data.examples import Example, text_key
 from aapa_lightning.data.records import attach_experts, read_records
 from aapa_lightning.metrics.functional.discrimination import Judged, calibration_error, calibration_sums, discrimination
 from aapa_lightning.modules.discriminator import DiscriminatorModule
@@ -107,6 +107,7 @@ def describe(features: Sequence[Feature], answers: dict[str, Answers], model: st
         seen=mine.embedded.counts > 0,
         labels=torch.full((count,), model in (EXPERT, UNSEEN_EXPERT)),
         groups=torch.arange(count),
+        texts=torch.tensor([text_key(text) for text in mine.texts]),
         folds=torch.tensor([fold_of(record.prompt, FOLDS) for record in mine.records]),
         lengths=torch.tensor([len(text) for text in mine.texts]),
     )
@@ -116,7 +117,8 @@ def together(parts: Sequence[EncodedExamples]) -> EncodedExamples:
     """Examples one after the other."""
     first = [sum(map(len, parts[:i])) for i in range(len(parts))]
     columns = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in ("features", "seen", "labels", "groups", "folds", "lengths")
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("features", "seen", "labels", "groups", "texts", "folds", "lengths")
     }
     index = torch.cat([part.response_index + start for part, start in zip(parts, first, strict=True)])
     return EncodedExamples(response_index=index, **columns)
@@ -174,13 +176,6 @@ def against(positive: Scores, *negatives: Scores) -> Judged:
     )
 
 
-def within(judged: Judged, chosen: Tensor) -> Judged:
-    """The responses in bool ``[N]`` alone."""
-    rows, place = chosen[judged.response_index], chosen.cumsum(0) - 1
-    groups = torch.unique(judged.groups[chosen], return_inverse=True)[1]
-    return Judged(judged.logits[rows], place[judged.response_index[rows]], judged.labels[chosen], groups, judged.lengths[chosen])
-
-
 def figures_of(judged: Judged, resamples: int) -> dict[str, float]:
     """Those that do not depend on a temperature, and are of all lengths together."""
     figures = discrimination(judged, resamples=resamples)
@@ -201,7 +196,7 @@ def strata(judged: Judged, resamples: int) -> list[dict[str, Any]]:
                 "shortest": int(lengths.min()),
                 "longest": int(lengths.max()),
                 **sizes,
-                **figures_of(within(judged, chosen), resamples),
+                **figures_of(judged.within(chosen), resamples),
             }
         )
     return out

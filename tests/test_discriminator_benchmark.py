@@ -53,7 +53,7 @@ def test_pairs_and_strata_keep_their_responses():
         assert (row["experts"], row["others"]) == (1, 1)
         assert row["shortest"] == row["longest"] == 10 * (number + 1)
         assert row["response_auroc"] == float(judged.means[number] > judged.means[5 + number])
-    alone = discriminators.within(judged, torch.arange(10) % 5 == 2)
+    alone = judged.within(torch.arange(10) % 5 == 2)
     assert isinstance(alone, Judged)
     assert (alone.means.tolist(), alone.groups.tolist(), alone.logits.tolist()) == ([5, 4], [0, 0], [5, 4])
 

@@ -30,7 +30,7 @@ HEAD_FILE = "head.safetensors"
 
 
 def fold_of(prompt: str | tuple, folds: int) -> int:
-    """The cross-fitting fold of a prompt: head ``fold_of(prompt, K)`` is trained without it."""
+    """The cross-fitting fold of a prompt: head ``fold_of(prompt, K)`` is trained without it, and judges it."""
     return int(prompt_hash(prompt)[:8], 16) % folds
 
 
@@ -60,8 +60,8 @@ class EncoderHeadDiscriminator(Discriminator):
     """Judges sentences by a head on frozen, pooled, contextual embeddings.
 
     A sentence cut off by ``max_length`` gets the mean logit of its response; a response of which nothing is seen (an empty one) gets the
-    floor found in training, so that silence does not pay. With ``K > 1`` folds ``score`` averages the heads' logits, and
-    ``score_held_out`` uses the head that was trained without the prompt.
+    floor found in training, so that silence does not pay. With ``K > 1`` folds every response is scored by the head of its prompt's fold,
+    which was trained without the prompt: experts, rollouts and the logits that the temperature was fitted to have one scale.
 
     Args:
         encoder: the frozen encoder.
@@ -97,29 +97,38 @@ class EncoderHeadDiscriminator(Discriminator):
         return self.head.folds > 1
 
     def score(self, responses: Sequence[str], records: Sequence[Record], spans: SentenceSpans) -> Tensor:
-        """Log-odds at equal prior, float32 ``[S]``: the mean over the folds' heads."""
+        """Log-odds at equal prior, float32 ``[S]``, each by the head of its prompt's fold (the only head, without cross-fitting)."""
         if self.features == ("sentence",):
             return self._fused_logits(responses, records, spans)
-        return self._logits(responses, records, spans, strict=False).mean(0)
+        return self._by_fold(self._logits(responses, records, spans, strict=False), records, spans)
 
     def score_held_out(self, responses: Sequence[str], records: Sequence[Record], spans: SentenceSpans) -> Tensor:
-        """Like ``score``, each response by the head whose training left its prompt out (the only head, without cross-fitting)."""
-        logits = self._logits(responses, records, spans, strict=True)
-        folds = torch.tensor([fold_of(record.prompt, self.head.folds) for record in records], dtype=torch.int64)
-        rows = folds[spans.response_index.cpu()].to(logits.device)
+        """Like ``score``, for expert responses: none is its own reference. Raises DataError for one that has no other."""
+        return self._by_fold(self._logits(responses, records, spans, strict=True), records, spans)
+
+    def _folds(self, records: Sequence[Record]) -> Tensor:
+        return torch.tensor([fold_of(record.prompt, self.head.folds) for record in records], dtype=torch.int64)
+
+    def _by_fold(self, logits: Tensor, records: Sequence[Record], spans: SentenceSpans) -> Tensor:
+        rows = self._folds(records)[spans.response_index.cpu()].to(logits.device)
         return logits.gather(0, rows[None])[0]
 
     @torch.no_grad()
     def _fused_logits(self, responses: Sequence[str], records: Sequence[Record], spans: SentenceSpans) -> Tensor:
         """Straight from hidden states to logits: no embedding is kept."""
-        floor = self.head.floor.mean().item()
-        logits = self.head.mean.new_full((len(spans.token_counts),), floor)
+        folds, index = self._folds(records), spans.response_index.cpu()
+        logits = self.head.mean.new_empty(len(index))
         # standardised features lose nothing in 16 bits that hidden states of 16 bits have kept
         half = logits.is_cuda and self.encoder.encoding.dtype != "float32"
-        head = self.head.averaged(torch.float16 if half else torch.float32)
-        for batch in self.encoder.batches([record.prompt for record in records], responses, spans.char_spans):
-            scored = anchor_score(batch.hidden, batch.starts, batch.lengths, batch.offsets, head, transform="score", floor=floor)
-            logits[batch.sentences] = scored.logits
+        for fold in folds.unique().tolist():
+            head, floor = self.head.of_fold(fold, torch.float16 if half else torch.float32), self.head.floor[fold].item()
+            rows = torch.nonzero(folds == fold).flatten().tolist()
+            sentences = torch.nonzero(folds[index] == fold).flatten().to(logits.device)
+            logits[sentences] = floor
+            prompts, texts, char_spans = zip(*((records[i].prompt, responses[i], spans.char_spans[i]) for i in rows), strict=True)
+            for batch in self.encoder.batches(prompts, texts, char_spans):
+                scored = anchor_score(batch.hidden, batch.starts, batch.lengths, batch.offsets, head, transform="score", floor=floor)
+                logits[sentences[batch.sentences]] = scored.logits
         return logits
 
     @torch.no_grad()

@@ -89,10 +89,12 @@ def _best_match(embedded: Embedded, references: Embedded, reference_of: Sequence
 class StackedHead(nn.Module):
     """``K`` heads side by side, one per fold: standardise, then a linear map or a perceptron with one hidden layer (GELU).
 
+    Head ``k`` judges the prompts of fold ``k``, in training and afterwards; a prompt that training did not meet has a fold too.
+
     In evaluation mode logits are divided by ``temperature``, which ``fit_temperature`` finds after training; in training they are not.
 
     Args:
-        folds: ``K``; head ``k`` is trained without the prompts of fold ``k``. 1 is a single head trained on everything.
+        folds: ``K``; head ``k`` is trained without the prompts and texts of fold ``k``. 1 is a single head trained on everything.
         in_features: ``F``.
         hidden_units: width of the hidden layer; 0 for a linear map.
         dropout: on the standardised features and on the hidden layer, in training.
@@ -141,22 +143,20 @@ class StackedHead(nn.Module):
         return logits if self.training else logits / self.temperature
 
     @torch.no_grad()
-    def averaged(self, dtype: torch.dtype = torch.float32) -> AnchorHead:
-        """The head whose logit is the mean of the folds' logits in evaluation mode, as ``anchor_score`` takes it.
-
-        Linear maps average; perceptrons stand side by side in one of ``K`` times the width.
+    def of_fold(self, fold: int, dtype: torch.dtype = torch.float32) -> AnchorHead:
+        """One of the heads in evaluation mode, as ``anchor_score`` takes it.
 
         Args:
+            fold: which.
             dtype: of the hidden layer's weights; float32 instead of float16 where a feature all but stood still in training.
         """
+        last = (self.weight[fold].flatten() / self.temperature, self.bias[fold].flatten() / self.temperature)
         shared = (self.mean, self.std.reciprocal())
-        weight, bias = self.weight / self.temperature, self.bias.mean().reshape(1) / self.temperature
         if not self.hidden_units:
-            return AnchorHead(*shared, weight.mean(0).flatten(), bias)
+            return AnchorHead(*shared, *last)
         if dtype == torch.float16 and float(self.std.min()) < _LEAST_STD:
             dtype = torch.float32
-        hidden = self.hidden_weight.permute(1, 0, 2).flatten(1).to(dtype)
-        return AnchorHead(*shared, weight.flatten() / self.folds, bias, hidden.contiguous(), self.hidden_bias.flatten())
+        return AnchorHead(*shared, *last, self.hidden_weight[fold].to(dtype).contiguous(), self.hidden_bias[fold].flatten())
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +20,7 @@ from aapa_lightning.anchor.training import (
     EncodedExamples,
     bradley_terry_loss,
     calibrate,
+    check_heads,
     discriminator_loss,
     encode_examples,
     prompt_weights,
@@ -42,9 +43,12 @@ class DiscriminatorModule(ResumableEpochs):
     Binary cross-entropy, in which classes weigh the same, and so do responses; or Bradley-Terry over the pairs of an expert's and another
     response to one prompt, in which prompts weigh the same. After ``fit`` the head is the one of the epoch with the best held-out sentence
     AUROC or, for Bradley-Terry, paired accuracy (``select=best``), its temperature is fitted to logits on prompts that it was not trained
-    on (those that cross-fitting left out, or else the held-out split; without either, or with ``calibrate=False``, it stays 1), and
+    on (those that cross-fitting left out, or else held-out ones; without either, or with ``calibrate=False``, it stays 1), and
     ``export`` writes the discriminator's folder. Pairs leave the offset of the logits open: it is fitted to the same prompts (without any,
     to those of training) whatever ``calibrate`` says, so that logits are read as log-odds at equal prior after either loss.
+
+    Half of the held-out prompts choose the epoch and fit the temperature; ``val/`` figures are theirs. The figures at the end and of
+    ``test`` are of the other half, without responses whose text trained or chose. Where nothing is chosen, all are reported.
 
     Args:
         encoder: folder or Hub name: any encoder, or a causal language model such as an exported policy.
@@ -58,7 +62,7 @@ class DiscriminatorModule(ResumableEpochs):
         lr: learning rate of AdamW.
         weight_decay: of AdamW.
         label_smoothing: in [0, 1).
-        folds: heads for cross-fitting; head k is trained without the prompts of fold k. 1 for a single head.
+        folds: heads for cross-fitting; head k is trained without the prompts and texts of fold k, and judges it. 1 for a single head.
         select: ``best`` or ``last`` epoch.
         calibrate: fit the temperature; otherwise it is 1, and logits are as confident as training made them.
         encoding: how text is presented to the encoder.
@@ -126,9 +130,31 @@ class DiscriminatorModule(ResumableEpochs):
                 self.head.fit_scale(train.features[train.seen])
             data.whole_prompts = self.loss == "bradley_terry"
             if data.whole_prompts:
-                self._weights = prompt_weights(train.labels, train.groups, train.folds, self.folds)
+                self._weights = prompt_weights(train.labels, train.groups, train.folds, self.folds, train.texts)
             else:
-                self._weights = response_weights(train.labels, train.folds, self.folds)
+                self._weights = response_weights(train.labels, train.folds, self.folds, train.texts)
+            if self.folds > 1:
+                check_heads(self._weights, train.labels)
+            if "val" in self.encoded:
+                self._warn_of_met(self.encoded["val"], train)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether held-out prompts choose something: the epoch, the temperature, or what a callback monitors."""
+        fitted = self.folds == 1 and (self.calibrate or self.loss == "bradley_terry")
+        return (
+            self.select == "best"
+            or fitted
+            or any(getattr(callback, "monitor", None) for callback in getattr(self.trainer, "callbacks", ()))
+        )
+
+    def _warn_of_met(self, val: EncodedExamples, train: EncodedExamples) -> None:
+        unmet = ~val.met_in(train)
+        if not (bool(unmet[val.labels].any()) and bool(unmet[~val.labels].any())):
+            rank_zero_warn(
+                "held-out prompts: all expert responses, or all others, have a prompt or a text that training has too, so there are no "
+                "figures and the last epoch is kept; name prompts that training does not have in `val`"
+            )
 
     def _initial_head(self, frozen: FrozenEncoder) -> StackedHead:
         if self.start is None:
@@ -181,7 +207,8 @@ class DiscriminatorModule(ResumableEpochs):
         """Held-out figures; the head is kept where it is the best so far."""
         if "val" not in self.encoded:
             return {}
-        figures = self._measure("val", resamples=0)
+        choosing = self._choosing()
+        figures = self._measure("val", choosing if bool(choosing.any()) else self._reported("val"), resamples=0)
         score = figures.get(self._selected_by)
         if not self.trainer.sanity_checking:
             self.note_judgement()
@@ -192,7 +219,8 @@ class DiscriminatorModule(ResumableEpochs):
 
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log_dict({f"test/{name}": value for name, value in self._measure("test", self.resamples).items()}, batch_size=len(batch))
+        figures = self._measure("test", self._reported("test"), self.resamples)
+        self.log_dict({f"test/{name}": value for name, value in figures.items()}, batch_size=len(batch))
 
     @override
     def on_train_end(self) -> None:
@@ -202,7 +230,8 @@ class DiscriminatorModule(ResumableEpochs):
         self.metrics = self._calibrate()
         self._set_floor()
         if "val" in self.encoded:
-            self.metrics = self._measure("val", self.resamples) | self.metrics
+            chose = int(self.encoded["val"].groups[self._choosing()].unique().numel())
+            self.metrics = {"choosing_prompts": chose} | self._measure("val", self._reported("val"), self.resamples) | self.metrics
         if self.metrics:
             rank_zero_info(report(self.metrics))
 
@@ -215,18 +244,19 @@ class DiscriminatorModule(ResumableEpochs):
             return {}
         split = held_out if held_out in self.encoded else "train"
         examples = self.encoded[split]
-        rows, place = examples.sentences_of(torch.arange(len(examples)))
-        heads = examples.folds[place] if self.folds > 1 else torch.zeros_like(place)
+        responses = torch.nonzero(self._choosing()).flatten() if split == "val" else torch.arange(len(examples))
+        rows, place = examples.sentences_of(responses)
+        heads, labels = examples.folds[responses][place], examples.labels[responses]
         logits = self._logits(split).cpu()[heads, rows]
-        offsets, temperature = calibrate(logits, heads, self.folds, place, examples.labels, offset=offset, scale=scale)
+        offsets, temperature = calibrate(logits, heads, self.folds, place, labels, offset=offset, scale=scale)
         self.head.temperature.fill_(temperature)
         with torch.no_grad():
             self.head.bias[:, 0, 0] -= offsets.to(self.head.bias)
         if not scale:
             return {}
         logits = (logits - offsets[heads]).float()
-        weights, temperature = 1.0 / torch.bincount(place, minlength=len(examples))[place], float(self.head.temperature)
-        before, after = (calibration_error(values, examples.labels[place], weights) for values in (logits, logits / temperature))
+        weights, temperature = 1.0 / torch.bincount(place, minlength=len(labels))[place], float(self.head.temperature)
+        before, after = (calibration_error(values, labels[place], weights) for values in (logits, logits / temperature))
         return {"temperature": temperature, "ece_before_temperature": before, "ece_after_temperature": after}
 
     @torch.no_grad()
@@ -243,12 +273,30 @@ class DiscriminatorModule(ResumableEpochs):
         self.head.train(was_training)
         return logits
 
-    def _measure(self, split: str, resamples: int) -> dict[str, float]:
+    def _choosing(self) -> Tensor:
+        """Held-out responses bool ``[N]`` that choose the epoch and the temperature: none that trained."""
+        examples = self.encoded["val"]
+        choosing = torch.isin(examples.groups, torch.tensor(sorted(self._data().choosing), dtype=torch.int64))
+        return choosing & ~examples.met_in(self.encoded["train"]) if "train" in self.encoded else choosing
+
+    def _reported(self, split: str) -> Tensor:
+        """Held-out responses bool ``[N]`` that neither trained nor chose anything, by prompt and by text."""
         examples = self.encoded[split]
-        logits = fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu()).mean(0)
+        met = torch.zeros(len(examples), dtype=torch.bool)
+        if "train" in self.encoded:
+            met |= examples.met_in(self.encoded["train"])
+        if "val" in self.encoded:
+            met |= examples.met_in(self.encoded["val"], self._choosing())
+        return ~met
+
+    def _measure(self, split: str, chosen: Tensor, resamples: int) -> dict[str, float]:
+        examples = self.encoded[split]
+        if not (bool(chosen[examples.labels].any()) and bool(chosen[~examples.labels].any())):
+            return {}
+        logits = examples.held_out(fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu()))
         rows = examples.judged_sentences()
-        judged = Judged(logits[rows], examples.response_index[rows], examples.labels, examples.groups, examples.lengths)
-        return discrimination(judged, resamples=resamples, seed=self.seed)
+        judged = Judged(logits[rows], examples.response_index[rows], examples.labels, examples.groups, examples.lengths).within(chosen)
+        return {"prompts": len(judged.groups.unique())} | discrimination(judged, resamples=resamples, seed=self.seed)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -279,10 +327,14 @@ class DiscriminatorModule(ResumableEpochs):
 
 
 def report(metrics: dict[str, float]) -> str:
-    """Figures as lines of text, intervals in brackets."""
+    """Figures as lines of text, intervals in brackets, and the prompts that they are of."""
     lines = ["held-out figures of the discriminator (95% interval)"]
+    if "prompts" in metrics:
+        chose = metrics.get("choosing_prompts", 0)
+        others = f"; {chose:.0f} others chose the epoch or fitted the temperature" if chose else ""
+        lines[0] += f", of {metrics['prompts']:.0f} held-out prompts that chose nothing{others}"
     for name, value in metrics.items():
-        if not name.endswith(("_low", "_high")):
+        if not name.endswith(("_low", "_high", "prompts")):
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             lines.append(f"  {name:<24}{value:.3f}" + (f"  [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""))
     return "\n".join(lines)

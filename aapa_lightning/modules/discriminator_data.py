@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from aapa_lightning.anchor.encoder_head import fold_of
 from aapa_lightning.anchor.segment import Segmenter
-from aapa_lightning.data.examples import Example, build_examples
+from aapa_lightning.data.examples import Example, build_examples, choosing_prompts, prompt_key
 from aapa_lightning.data.inputs import Source, as_records
 from aapa_lightning.data.records import attach_experts, prompt_hash, split_records
 from aapa_lightning.errors import ConfigError
@@ -81,6 +82,10 @@ class ShuffledBatches:
 class DiscriminatorData(LightningDataModule):
     """Expert responses against other responses, split by prompt.
 
+    Where a module chooses an epoch or fits a temperature on held-out prompts (``chooses``), every second of them does so (``choosing``),
+    and the others are left to be reported. Experts' responses to other prompts are drawn within a part: the training fold (``folds`` of the
+    module), the prompts that choose, those that are reported.
+
     The loaders yield indices int64 ``[B]`` into ``examples[split]``: the module encodes every example once and keeps the result. A module
     that compares the responses to a prompt sets ``whole_prompts``: then training batches hold all responses to each of their prompts, and
     prompts without an expert's and another response are left out.
@@ -131,30 +136,38 @@ class DiscriminatorData(LightningDataModule):
         self.segmenter, self.score_thinking, self.seed = segmenter, score_thinking, seed
         self.examples: dict[str, list[Example]] = {}
         self.whole_prompts = False
+        self.choosing: frozenset[int] = frozenset()
 
     @override
     def setup(self, stage: str) -> None:
         train, held_out = self._read(self.train), [] if self.val is None else self._read(self.val)
         if self.val is None:
             train, held_out = (list(part) for part in split_records(train, self.val_fraction, self.seed))
+        module = getattr(self.trainer, "lightning_module", None)
+        self.choosing = choosing_prompts(held_out) if getattr(module, "chooses", False) else frozenset()
         if stage == "fit":
-            self.examples["train"] = self._build(train, self.negatives)
+            folds = getattr(module, "folds", 1)
+            self.examples["train"] = self._build(train, self.negatives, lambda record: fold_of(record.prompt, folds))
         if held_out and stage in ("fit", "validate"):
-            self.examples["val"] = self._build(held_out, self.negatives)
+            self.examples["val"] = self._build(held_out, self.negatives, self._chooses)
         if stage == "test":
             if not held_out:
                 raise ConfigError(f"test judges held-out prompts: expected val, or val_fraction above 0, found {self.val_fraction}")
             if self.test_experts:
                 joined = attach_experts([replace(record, experts=()) for record in held_out], self.test_experts)
                 held_out = [record for record in joined if record.experts]
-            self.examples["test"] = self._build(held_out, self.test_negatives or self.negatives)
+            examples = self._build(held_out, self.test_negatives or self.negatives, self._chooses)
+            self.examples["test"] = [example for example in examples if not self._chooses(example.record)]
 
     def _read(self, source: Source) -> list[Record]:
         records = as_records(source, split=self.split, experts=self.experts, columns=self.columns)
         return [record for record in records if record.experts or self.missing_experts == "error"]
 
-    def _build(self, records: Sequence[Record], negatives: list[str]) -> list[Example]:
-        return build_examples(records, negatives, other_prompts=self.other_prompts, seed=self.seed)
+    def _chooses(self, record: Record) -> bool:
+        return prompt_key(record) in self.choosing
+
+    def _build(self, records: Sequence[Record], negatives: list[str], part: Callable[[Record], int]) -> list[Example]:
+        return build_examples(records, negatives, other_prompts=self.other_prompts, seed=self.seed, part=part)
 
     @override
     def train_dataloader(self) -> ShuffledBatches:

@@ -202,7 +202,7 @@ def test_scores_save_and_load(features, folds, bert, tmp_path):
     scores = judge.score(TEXTS, records(), spans)
     assert scores.shape == spans.response_index.shape
     assert not scores.requires_grad
-    assert float(scores[-1]) == pytest.approx(float(judge.head.floor.mean()))  # the empty response
+    assert float(scores[-1]) == pytest.approx(float(judge.head.floor[fold_of(PROMPTS[-1], folds)]))  # the empty response
     judge.save(tmp_path / "d")
     again = load_discriminator(tmp_path / "d")
     assert torch.equal(again.score(TEXTS, records(), spans), scores)
@@ -217,6 +217,7 @@ def test_held_out_scores_come_from_the_prompts_fold(bert):
     found = judge.score_held_out(TEXTS, records(), spans)
     for s, n in enumerate(spans.response_index.tolist()):
         assert float(found[s]) == float(everything[fold_of(PROMPTS[n], 3), s])
+    assert torch.equal(judge.score(TEXTS, records(), spans), found)  # rollouts and experts are judged alike
     assert judge.cross_fitted
     assert not judge_of(bert).cross_fitted
 

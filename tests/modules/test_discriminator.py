@@ -159,10 +159,10 @@ def test_temperature_is_fitted_to_held_out_logits(folds, files, tiny_model_dir):
     temperature = module.metrics["temperature"]
     assert float(module.head.temperature) == pytest.approx(temperature)
     assert temperature != 1
-    rows, place = split.sentences_of(torch.arange(len(split)))
-    logits = module.head(split.features)[:, rows] * temperature
-    head = split.folds[place] if folds > 1 else torch.zeros_like(place)
-    assert fit_temperature(logits[head, torch.arange(len(rows))].detach(), place, split.labels) == pytest.approx(temperature, rel=1e-4)
+    chosen = torch.arange(len(split)) if folds > 1 else torch.nonzero(module._choosing()).flatten()
+    rows, place = split.sentences_of(chosen)
+    logits = module.head(split.features)[split.folds[chosen][place], rows] * temperature
+    assert fit_temperature(logits.detach(), place, split.labels[chosen]) == pytest.approx(temperature, rel=1e-4)
     assert module.metrics["ece_after_temperature"] <= module.metrics["ece_before_temperature"] + 0.01
     # judged on the calibrated scale, and so is the floor
     floor = torch.quantile(module.head(module.encoded["train"].features[module.encoded["train"].seen]), 0.01, dim=1)
@@ -194,7 +194,7 @@ def test_reference_features_and_their_errors(files, tiny_model_dir, tmp_path):
 
 def test_best_epoch_is_kept(files, tiny_model_dir):
     module = fit(files, tiny_model_dir, epochs=3)
-    assert module._best["score"] == pytest.approx(module.metrics["sentence_auroc"])
+    assert module._best["score"] == pytest.approx(module._measure("val", module._choosing(), 0)["sentence_auroc"])
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     other = DiscriminatorModule(str(tiny_model_dir))

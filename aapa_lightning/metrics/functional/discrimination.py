@@ -34,6 +34,13 @@ class Judged:
         sums = zeros.index_add(0, self.response_index, self.logits.double())
         return sums / torch.bincount(self.response_index, minlength=len(self.labels)).clamp_min(1)
 
+    def within(self, chosen: Tensor) -> Judged:
+        """The responses in bool ``[N]`` alone, with their prompts numbered anew."""
+        rows, place = chosen[self.response_index], chosen.cumsum(0) - 1
+        groups = torch.unique(self.groups[chosen], return_inverse=True)[1]
+        index = place[self.response_index[rows]]
+        return Judged(self.logits[rows], index, self.labels[chosen], groups, self.lengths[chosen])
+
 
 def weighted_auroc(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half.
