@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aapa_kernels import group_mean, group_size, group_std
-from aapa_kernels.anchor_advantage import pooled_std
+from aapa_kernels.anchor_advantage import equal_within, pooled_std
 from aapa_kernels.anchor_advantage.groups import accumulator
 from aapa_lightning.errors import ConfigError, choose
 from aapa_lightning.types import SumOverRanks, identity_sum
@@ -26,10 +26,11 @@ class _Group(NamedTuple):
     constant: Tensor
 
 
-def _group(values: Tensor, group_ids: Tensor, kept: Tensor) -> _Group:
+def _group(values: Tensor, sizes: Tensor, group_ids: Tensor, kept: Tensor) -> _Group:
+    """Compare values ``[N]`` that were added up from float32 numbers of these sizes ``[N]``."""
     mean, std = group_mean(values, group_ids, kept), group_std(values, group_ids, kept)
-    # Equal weighted sums can differ by rounding; divided by epsilon that would be noise.
-    constant = std <= 1e-8 * mean.abs().clamp(min=1.0)
+    # Equal rewards can differ by rounding; divided by epsilon that would be noise.
+    constant = equal_within(group_mean(sizes, group_ids, kept), std, torch.float32) | (std <= 1e-8)
     return _Group((values - mean).masked_fill(constant | ~kept, 0.0), std, constant)
 
 
@@ -78,7 +79,7 @@ def _sum_then_normalize(
     rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
 ) -> tuple[Tensor, Tensor]:
     totals, kept = _known(rewards) @ weights, scored_rows(rewards)
-    group = _group(totals, group_ids, kept)
+    group = _group(totals, _known(rewards).abs() @ weights.abs(), group_ids, kept)
     _, batch_std = batch_statistics(totals[kept], sum_over_ranks)
     return group.deviations / divisor(group.std, batch_std), group.constant
 
@@ -87,7 +88,7 @@ def _normalize_then_sum(
     rewards: Tensor, weights: Tensor, group_ids: Tensor, divisor: Callable[[Tensor, Tensor], Tensor], sum_over_ranks: SumOverRanks
 ) -> tuple[Tensor, Tensor]:
     kept, columns = scored_rows(rewards), _known(rewards).unbind(1)
-    groups = [_group(column, group_ids, scored) for column, scored in zip(columns, (~rewards.isnan()).unbind(1), strict=True)]
+    groups = [_group(column, column.abs(), group_ids, scored) for column, scored in zip(columns, (~rewards.isnan()).unbind(1), strict=True)]
     total = torch.stack([group.deviations / divisor(group.std, group.std) for group in groups], dim=1) @ weights
     mean, std = batch_statistics(total[kept], sum_over_ranks)
     constant = (torch.stack([group.constant for group in groups], dim=1) | (weights == 0)).all(dim=1)
@@ -115,7 +116,8 @@ def task_advantages(
     ``sum_then_normalize``: ``r_i = sum_k w_k r_ik``, ``A_i = (r_i - mean_group r) / scale``, with scale the group's standard deviation
     + epsilon (``group``), that of all rewards of all ranks + epsilon (``batch``), or 1 (``none``, Dr. GRPO).
     ``normalize_then_sum`` (GDPO): ``z_ik`` = z-score of each reward within its group, ``A = (Z - mean_batch Z) / (std_batch Z + epsilon)``
-    with ``Z_i = sum_k w_k z_ik``; needs ``scale="group"``. Deviations have ddof 1. A group of one, or without variance, gets exactly 0.
+    with ``Z_i = sum_k w_k z_ik``; needs ``scale="group"``. Deviations have ddof 1. A group of one, or without variance, gets exactly 0;
+    a deviation within four roundings of float32 of what was added up is none.
 
     Batch statistics are taken over all ranks, so they do not depend on how a window is spread over them.
 

@@ -123,7 +123,7 @@ learns gpt-4o's answers against those of qwen2.5-0.5b and 1.5b to {result["promp
 together, up to {result["max_length"]} tokens. Cross-validation by prompt, {result["folds"]} folds, {result["epochs"]} epochs: every
 answer is judged by the head that saw no answer to its prompt. The `reference` feature compares with the answer of claude-3.5-sonnet,
 and claude's own with gpt-4o's: an expert is never its own reference. The score of a response is the mean logit of its sentences.
-In brackets, 95% of {result["resamples"]} bootstrap resamples of prompts.
+In brackets, 95% intervals over prompts, from {result["resamples"]} bootstrap resamples.
 
 ## Figures
 

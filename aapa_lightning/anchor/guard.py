@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aapa_kernels import group_mean
-from aapa_lightning.anchor.signal import zero_variance_counts
+from aapa_lightning.anchor.signal import deviations, zero_variance_counts
 from aapa_lightning.anchor.thinking import answer_view
 from aapa_lightning.errors import COUNT, POSITIVE, SHARE, WEIGHT, Limit, check_numbers, choose, refuse_idle
 from aapa_lightning.thinking import Thinking
@@ -118,8 +117,7 @@ def _moments(scores: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
     """
     scored = ~rewards.isnan()
     rewards, scores, group_ids = rewards[scored], scores[scored], group_ids[scored]
-    a = (scores - group_mean(scores, group_ids)).cpu().double()
-    b = (rewards - group_mean(rewards, group_ids)).cpu().double()
+    a, b = (deviations(values, group_ids).cpu().double() for values in (scores, rewards))
     count = a.new_tensor(float(len(a)))
     return torch.stack([rewards.cpu().double().sum(), (a * b).sum(), a.square().sum(), b.square().sum(), count])
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_std
+from aapa_kernels import AnchorAdvantages, anchor_advantage, group_mean, group_size, group_statistics, group_std
+from aapa_kernels.anchor_advantage import equal_within
 from aapa_lightning.advantages import append_reward
 from aapa_lightning.errors import POSITIVE, ConfigError, check_numbers, choose
 from aapa_lightning.reduce import Mean
@@ -137,18 +138,24 @@ def _metrics(logits: Tensor, spans: SentenceSpans, group_ids: Tensor, kept: Tens
     }
 
 
+def deviations(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Values ``[N]`` minus the mean of their group; exactly 0 where those of a group are equal up to rounding."""
+    found = group_statistics(values, group_ids)
+    return (values - found.mean).masked_fill(equal_within(found.mean, found.std, values.dtype), 0.0)
+
+
 def zero_variance_counts(values: Tensor, group_ids: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Groups of two or more in which all values that count are equal, and all groups of two or more: int64 ``[2]``.
+    """Groups of two or more in which all values that count are equal up to rounding, and all groups of two or more: int64 ``[2]``.
 
     Args:
         values: ``[N]``.
         group_ids: int64 ``[N]``.
         kept: bool ``[N]``, the rows that count; all by default.
     """
-    sizes = group_size(group_ids, kept)
-    counted = sizes > 1 if kept is None else kept & (sizes > 1)
+    found = group_statistics(values, group_ids, kept)
+    counted = found.size > 1 if kept is None else kept & (found.size > 1)
     groups = len(torch.unique(group_ids[counted]))
-    varied = len(torch.unique(group_ids[counted & (group_std(values, group_ids, kept) > 0)]))
+    varied = len(torch.unique(group_ids[counted & ~equal_within(found.mean, found.std, values.dtype)]))
     return torch.tensor([groups - varied, groups])
 
 

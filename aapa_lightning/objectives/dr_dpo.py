@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import torch
 
 from aapa_lightning.objectives.pairs import check_positive, log_ratios, logistic, pair_outputs
 from aapa_lightning.types import LossOutputs, PairLossInputs
@@ -39,11 +39,13 @@ def dr_dpo_loss(inputs: PairLossInputs, *, beta: float = 0.1, beta_prime: float 
     margin = chosen - rejected
     pair_losses, slope = logistic(beta * margin)
     held = pair_losses.detach()
-    scores = inputs.gather(-held / beta_prime)
-    count = max(len(scores), 1)
-    # Shares relative to the best pair: at losses of 1e5 the digits of a logsumexp end before those of a share begin.
-    best = scores.max() if len(scores) else scores.sum()
-    total = (scores - best).exp().sum()
-    shares = count * (-held / beta_prime - best).exp() / total
-    losses = beta_prime * (math.log(count) - total.log() - best) + shares * (pair_losses - held)
+    everyone = inputs.gather(held)
+    # Relative to the best pair: at losses of 1e5 the digits of a logsumexp end before those of a share begin, and at a large beta' the mean
+    # of exponentials is 1 to the last digit.
+    best = everyone.min() if len(everyone) else everyone.sum()
+    exponents = (best - everyone) / beta_prime
+    mean = exponents.exp().mean() if len(everyone) else exponents.sum() + 1
+    below_one = exponents.expm1().mean() if len(everyone) else exponents.sum()
+    shares = ((best - held) / beta_prime).exp() / mean
+    losses = best - beta_prime * torch.where(below_one > -0.5, below_one.log1p(), mean.log()) + shares * (pair_losses - held)
     return pair_outputs(inputs, losses, margin, shares * beta * slope, chosen_reward=beta * chosen, rejected_reward=beta * rejected)

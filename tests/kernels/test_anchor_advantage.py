@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
+from decimal import Decimal, localcontext
+from itertools import pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aapa_kernels import anchor_advantage
+from aapa_kernels import anchor_advantage, response_scores
 from aapa_kernels.anchor_advantage import GRANULARITIES, POOLS, SCALES, TRANSFORMS
 from aapa_kernels.anchor_advantage.reference import pool_sentences, transform_logits
 
@@ -230,6 +232,33 @@ def test_large_neighbours_do_not_round_off_small_credits():
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_equal_logits_of_any_size_in_any_number_of_sentences_give_exactly_nothing(pool, impl, device):
+    sizes = [1, 2, 3, 5, 7, 70]
+    for logit in (3.3, 50.1, 333.3):
+        case = Case([[logit] * n for n in sizes], [[1 + k % 3 for k in range(n)] for n in sizes], [0] * 6, [1.7] * 6, [True] * 6)
+        for transform, scale, granularity in product(("score", "bt_gap"), SCALES, GRANULARITIES):
+            options = {"transform": transform, "pool": pool, "scale": scale, "granularity": granularity, "scale_floor": 1e-6, "impl": impl}
+            found = case.run(torch.float32, device, **options)
+            assert torch.equal(found.centred, torch.zeros(6)), options
+            assert torch.equal(found.advantages, torch.zeros_like(found.advantages)), options
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_scores_that_differ_by_rounding_are_equal_and_others_are_not(granularity, impl, device):
+    for logit in (3.3, 50.1, 333.3, -333.3):
+        above = float(torch.nextafter(torch.tensor(logit), torch.tensor(1e9)))
+        options = {"transform": "score", "scale": "group", "granularity": granularity, "impl": impl}
+        case = Case([[logit], [above, logit], [above]], [[1], [2, 1], [1]], [0] * 3, [0.0] * 3, [True] * 3)
+        assert torch.equal(case.run(torch.float32, device, **options).advantages, torch.zeros(3, 3))
+        apart = replace(case, logits=[[logit], [logit * (1 + 1e-5)] * 2, [logit]])
+        assert float(apart.run(torch.float32, device, **options).advantages.abs().max()) > 0.1
+        tiny = replace(case, logits=[[logit * 1e-9], [-logit * 1e-9] * 2, [0.0]])  # small, but not rounding
+        assert float(tiny.run(torch.float32, device, **options).advantages.abs().max()) > 0
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_scores_give_exactly_nothing(scale, impl, device):
     case = Case([[0.1]] * 7, [[2]] * 7, [0] * 7, [0.0] * 7, [True] * 7)
@@ -277,6 +306,31 @@ def test_softmin_lies_between_min_and_mean():
     assert pooled["min"] < pooled["softmin"] < pooled["mean"]
     assert pool_sentences(g, counts, offsets, "softmin", 1e-3).item() == pytest.approx(-3.0, abs=0.01)
     assert pool_sentences(g, counts, offsets, "softmin", 1e4).item() == pytest.approx(-1.5, abs=0.01)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-3, 0.1, 1.0, 1e2, 1e4, 1e6, 1e8, 1e12, 1e30, 1e39])
+def test_softmin_at_any_temperature(temperature, impl, device):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 3, 64, 65, 300]
+    logits, offsets = torch.randn(sum(sizes), generator=generator) * 3 - 2, torch.tensor([0, *sizes]).cumsum(0)
+    logits[offsets[3]], logits[-1] = -12.0, -15.0  # the lowest first and last
+    options = {"transform": "score", "pool": "softmin", "softmin_temperature": temperature}
+    counts = torch.ones(len(logits), dtype=torch.int64)
+    given = logits.to(device).requires_grad_()
+    found = response_scores(given, counts.to(device), offsets.to(device), impl=impl, **options).scores
+    with localcontext() as context:
+        context.prec = 80
+        t = Decimal(temperature)
+        exponentials = [(-Decimal(x) / t).exp() if temperature > 1e-6 else None for x in logits.tolist()]
+        rows = [slice(a, b) for a, b in pairwise(offsets.tolist())]
+        means = [float(-t * (sum(exponentials[row]) / (row.stop - row.start)).ln()) if temperature > 1e-6 else None for row in rows]
+    expected = torch.tensor([float(logits[row].min()) if mean is None else mean for mean, row in zip(means, rows, strict=True)])
+    torch.testing.assert_close(found.detach().cpu(), expected, rtol=2e-6, atol=2e-6)
+    found.sum().backward()
+    exact = logits.double()
+    shares = torch.cat([torch.softmax(-exact[row] / max(temperature, 1e-30), 0) for row in rows])
+    torch.testing.assert_close(given.grad.cpu(), shares.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_of_the_scores():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aapa_lightning.metrics.functional.intervals import share_intervals
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -139,12 +141,12 @@ def discrimination(judged: Judged, *, resamples: int = 200, seed: int = 0) -> di
     """Figures of a discriminator.
 
     AUROC of sentences, of responses (by mean logit), of the responses in each third of lengths, and of length alone (how far one comes
-    without reading); paired accuracy; calibration error of sentences at equal prior, where responses weigh the same. The intervals hold
-    95% of the values in a bootstrap over prompts.
+    without reading); paired accuracy; calibration error of sentences at equal prior, where responses weigh the same. Intervals are of 95%,
+    over prompts, see ``share_intervals``.
 
     Args:
         judged: at least one expert response and one other.
-        resamples: of the bootstrap; 0 for no intervals.
+        resamples: of the bootstrap over prompts, which gives the variance; 0 for no intervals.
         seed: of the bootstrap.
 
     Returns:
@@ -161,11 +163,14 @@ def discrimination(judged: Judged, *, resamples: int = 200, seed: int = 0) -> di
         "response_auroc": weighted_auroc(means, labels, weights[:, groups]),
         "paired_accuracy": weighted_paired_accuracy(means, labels, groups, weights),
     }
+    paired = [len(groups[side].unique()) for side in (labels, ~labels)]
+    both = int(torch.isin(groups[labels].unique(), groups[~labels]).sum())
+    informative = {"sentence_auroc": min(paired), "response_auroc": min(paired), "paired_accuracy": both}
     out: dict[str, float] = {}
     for name, values in curves.items():
         out[name] = float(values[0])
         if resamples and bool(values[1:].isfinite().any()):
-            low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            low, high = share_intervals(values[:1], values[1:, None], informative[name]).flatten().tolist()
             out |= {f"{name}_low": low, f"{name}_high": high}
     per_response = torch.bincount(index, minlength=len(labels)).clamp_min(1)
     out["ece"] = calibration_error(judged.logits, labels[index], 1.0 / per_response[index])

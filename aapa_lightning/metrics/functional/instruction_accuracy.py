@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aapa_lightning.metrics.functional.intervals import share_intervals
+
 #: The four accuracies, in the order of IFEval's reports.
 ACCURACIES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
 
@@ -50,11 +52,11 @@ def instruction_accuracy(counts: Tensor) -> Tensor:
 
 
 def bootstrap_intervals(counts: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """Percentile intervals that hold 95% of the accuracies over resampled prompts; the responses to a prompt stay together.
+    """95% intervals over prompts, whose responses stay together, see ``share_intervals``.
 
     Args:
         counts: int64 ``[P, 6]``, sums of ``verdict_counts`` over the responses to each prompt.
-        resamples: how many times ``P`` prompts are drawn with replacement.
+        resamples: how many times ``P`` prompts are drawn with replacement, for the variance.
         seed: of the draw; equal seeds give equal intervals.
 
     Returns:
@@ -69,4 +71,4 @@ def bootstrap_intervals(counts: Tensor, *, resamples: int = 1000, seed: int = 0)
         for _ in range(resamples)
     ]
     values = instruction_accuracy(torch.stack(drawn))
-    return torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return share_intervals(instruction_accuracy(whole.sum(0)), values, prompts)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aapa_kernels.anchor_advantage.groups import pooled_std
+from aapa_kernels.anchor_advantage.groups import equal_within, pooled_std
 from aapa_kernels.anchor_advantage.scores import credit_to_go, response_scores
 from aapa_kernels.anchor_advantage.statistics import group_statistics
 from aapa_kernels.anchor_advantage.tokens import spread
@@ -27,7 +27,7 @@ class AnchorAdvantages(NamedTuple):
 
     Args:
         scores: ``u`` ``[N]``, pooled.
-        centred: ``c`` ``[N]``, minus the group's mean; 0 for a row that does not count and for a group of one.
+        centred: ``c`` ``[N]``, minus the group's mean; 0 for a row that does not count, for a group of one and for one of equal scores.
         scale: ``[N]``, what ``c`` was divided by.
         advantages: ``[N, L]``, 0 outside every sentence.
     """
@@ -70,6 +70,9 @@ def anchor_advantage(
     go, ``(sum_{j>=k} w_ij g_ij - mean_group(u, token_mean) sum_{j>=k} w_ij) / scale`` with ``w_ij = n_ij / n_i`` and the scale as above,
     from the pooled ``c``. A group of one gets 0 either way.
 
+    Scores whose deviation is within four roundings of their mean (``equal_within``) are equal: their ``c`` is exactly 0. Under ``group``
+    scale there is nothing to divide by, so all advantages of such a group are 0.
+
     Args:
         logits: ``[S]``, finite.
         token_counts: int64 ``[S]``, scored tokens of each sentence.
@@ -106,15 +109,16 @@ def anchor_advantage(
     scores = response_scores(logits, token_counts, offsets, **score, **pooling).scores
     groups = group_statistics(scores, group_ids, counted, impl=impl)
     compared = counted & (groups.size > 1)
-    centred = torch.where(compared, scores - groups.mean, torch.zeros_like(scores))
-    std = torch.where(compared, groups.std, torch.zeros_like(scores))
+    varied = compared & ~equal_within(groups.mean, groups.std, scores.dtype)
+    centred = torch.where(varied, scores - groups.mean, torch.zeros_like(scores))
+    std = torch.where(varied, groups.std, torch.zeros_like(scores))
     divisor = _scale(centred, std, compared, scale, scale_floor, sum_over_ranks)
     if granularity == "response":
         advantages = spread(centred / divisor, token_sentence, per_sentence=False, impl=impl)
     else:
         by_tokens = scores if pool == "token_mean" else response_scores(logits, token_counts, offsets, pool="token_mean", **score).scores
         baseline = group_statistics(by_tokens, group_ids, counted, impl=impl).mean
-        weight = torch.where(compared, divisor.reciprocal(), torch.zeros_like(divisor))[response_index]
+        weight = torch.where(varied if scale == "group" else compared, divisor.reciprocal(), torch.zeros_like(divisor))[response_index]
         advantages = spread(
             credit_to_go(logits, token_counts, offsets, baseline, **score) * weight, token_sentence, per_sentence=True, impl=impl
         )

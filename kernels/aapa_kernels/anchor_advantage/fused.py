@@ -13,11 +13,23 @@ _BLOCK = 64  # sentences at a time
 
 
 @triton.jit
-def log_sigmoid(x):
+def log1p(z):
     # log(1 + z) to the last digit also where 1 + z rounds
-    z = tl.exp(-tl.abs(x))
     u = 1.0 + z
-    return tl.minimum(x, 0.0) - tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(u == 1.0, z, tl.log(u) * (z / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    # exp(x) - 1 for x <= 0, to the last digit also where exp(x) rounds to 1
+    u = tl.exp(x)
+    inside = (u < 1.0) & (u > 0.0)
+    return tl.where(u >= 1.0, x, tl.where(inside, (u - 1.0) * (x / tl.log(tl.where(inside, u, 0.5))), -1.0))
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -47,6 +59,14 @@ def neutral_logit(p_logit, p_count, i_first, i_last, floor, BK: tl.constexpr):
 
 
 @triton.jit
+def first_logit(p_logit, p_count, i_first, neutral, FILL: tl.constexpr):
+    logit = tl.load(p_logit + i_first)
+    if FILL:
+        logit = tl.where(tl.load(p_count + i_first) > 0, logit, neutral)
+    return logit
+
+
+@triton.jit
 def response_scores_kernel(
     p_logit,
     p_count,
@@ -71,11 +91,14 @@ def response_scores_kernel(
     neutral = 0.0
     if FILL:
         neutral = neutral_logit(p_logit, p_count, i_first, i_last, floor, BK)
+    # sums are of differences to the first sentence: equal sentences have exactly their value as their mean
+    first = transform_block(first_logit(p_logit, p_count, i_first, neutral, FILL), expert, tau, TRANSFORM)
     total = 0.0
     weighted = 0.0
     tokens = 0.0
     lowest = float("inf")
     excess = 0.0
+    below_one = 0.0
     for i_k in range(i_first, i_last, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < i_last
@@ -85,27 +108,34 @@ def response_scores_kernel(
         if FILL:
             b_logit = tl.where(b_count > 0, b_logit, neutral)
             tl.store(p_filled + o_k, b_logit, mask=m_k)
-        b_g = tl.where(m_k, transform_block(b_logit, expert, tau, TRANSFORM), 0.0)
-        total += tl.sum(b_g, axis=0)
+        b_g = tl.where(m_k, transform_block(b_logit, expert, tau, TRANSFORM), first)
+        total += tl.sum(b_g - first, axis=0)
         if POOL == "token_mean":
-            weighted += tl.sum(b_g * b_count, axis=0)
+            weighted += tl.sum((b_g - first) * b_count, axis=0)
             tokens += tl.sum(b_count, axis=0)
         if (POOL == "min") | (POOL == "softmin"):
             below = tl.minimum(lowest, tl.min(tl.where(m_k, b_g, float("inf")), axis=0))
             if POOL == "softmin":
-                # rescaled to the new minimum: exponents stay at most 0
-                excess = excess * tl.exp(tl.where(lowest == below, 0.0, below - lowest) / temperature)
-                excess += tl.sum(tl.where(m_k, tl.exp(tl.where(m_k, below - b_g, 0.0) / temperature), 0.0), axis=0)
+                # rescaled to the new minimum: exponents stay at most 0; e^(a + b) - 1 = (e^a - 1) + (e^b - 1) e^a
+                shrink = tl.where(lowest == below, 0.0, below - lowest) / temperature
+                below_one = below_one * tl.exp(shrink) + (i_k - i_first).to(tl.float32) * expm1(shrink)
+                excess = excess * tl.exp(shrink)
+                b_exponent = tl.where(m_k, below - b_g, 0.0) / temperature
+                below_one += tl.sum(tl.where(m_k, expm1(b_exponent), 0.0), axis=0)
+                excess += tl.sum(tl.where(m_k, tl.exp(b_exponent), 0.0), axis=0)
             lowest = below
     sentences = tl.maximum(i_last - i_first, 1).to(tl.float32)
     if POOL == "min":
         score = lowest
     elif POOL == "softmin":
-        score = lowest - temperature * tl.log(excess / sentences)
+        # far below 1 the mean of the exponentials itself has more digits than its distance from 1
+        mean = below_one / sentences
+        near = log1p(tl.maximum(mean, -0.5))
+        score = lowest - temperature * tl.where(mean > -0.5, near, tl.log(excess / sentences))
     elif POOL == "token_mean":
-        score = tl.where(tokens > 0, weighted / tl.maximum(tokens, 1.0), total / sentences)
+        score = first + tl.where(tokens > 0, weighted / tl.maximum(tokens, 1.0), total / sentences)
     else:
-        score = total / sentences
+        score = first + total / sentences
     tl.store(p_score + i_n, score)
 
 

@@ -44,6 +44,17 @@ def group_statistics(values: Tensor, group_ids: Tensor, mask: Tensor | None = No
     return means.to(values.dtype), std.to(values.dtype), sizes.reshape(-1).to(torch.int64)
 
 
+def equal_within(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether values with this mean and deviation differ by rounding at most: ``std <= 4 eps abs(mean)``, bool like them.
+
+    Args:
+        mean: of a group, from ``group_statistics``.
+        std: of the same group.
+        dtype: the type that the values were computed in; eps is its own, at least float64's and at most float32's.
+    """
+    return std <= 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * mean.abs()
+
+
 def pooled_std(values: Tensor, mask: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Standard deviation (ddof 1) of the values of all ranks, with one sum over ranks of (count, sum, sum of squares).
 

@@ -76,6 +76,9 @@ def pool_sentences(g: Tensor, token_counts: Tensor, offsets: Tensor, pool: str =
     ``mean`` over sentences; ``token_mean`` sum_k n_ik g_ik / n_i; ``min``; ``softmin`` -T log mean_k exp(-g_ik / T), which goes from
     ``mean`` (large T) to ``min`` (small T).
 
+    Means are taken of differences to the first sentence, so that equal sentences have exactly their value as their mean. ``softmin`` is
+    min g - T log1p(mean expm1(-(g - min g) / T)): at large T the mean of exponentials is 1 to the last digit, and its logarithm lost.
+
     Args:
         g: ``[S]``.
         token_counts: int64 ``[S]``, scored tokens of each sentence.
@@ -86,19 +89,23 @@ def pool_sentences(g: Tensor, token_counts: Tensor, offsets: Tensor, pool: str =
     Returns:
         ``u`` ``[N]``.
     """
-    if pool == "token_mean":
-        return response_sum(g * token_weights(token_counts, offsets, g.dtype), offsets)
-    sentences = offsets.diff().to(g.dtype)
-    if pool == "mean":
-        return response_sum(g, offsets) / sentences
-    index = response_of(offsets, len(g))
+    sentences, index = offsets.diff().to(g.dtype), response_of(offsets, len(g))
+    if pool in ("mean", "token_mean"):
+        first = g.detach()[offsets[:-1]]
+        beyond = g - first[index]
+        if pool == "mean":
+            return first + response_sum(beyond, offsets) / sentences
+        return first + response_sum(beyond * token_weights(token_counts, offsets, g.dtype), offsets)
     # not by segment_reduce, whose gradient goes astray where the smallest of a response stands twice
     lowest = g.new_zeros(len(offsets) - 1).scatter_reduce(0, index, g, "amin", include_self=False)
     if pool == "min":
         return lowest
     if pool == "softmin":
-        excess = torch.exp(-(g - lowest[index]) / softmin_temperature)  # at most 1: nothing overflows
-        return lowest - softmin_temperature * torch.log(response_sum(excess, offsets) / sentences)
+        exponents = -(g - lowest[index]) / softmin_temperature  # at most 0: nothing overflows
+        below_one = response_sum(torch.expm1(exponents), offsets) / sentences
+        # far below 1 the mean itself has more digits than its distance from 1
+        far = torch.log(response_sum(torch.exp(exponents), offsets) / sentences)
+        return lowest - softmin_temperature * torch.where(below_one > -0.5, torch.log1p(below_one), far)
     raise ValueError(f"pool must be one of {POOLS}, not {pool!r}")
 
 

@@ -54,7 +54,8 @@ def response_scores(
         transform: ``gan_ns`` log sigma(l / tau), ``score`` l / tau, ``gan_sat`` -log(1 - sigma(l / tau)) or ``bt_gap``
             log sigma((l - l_E) / tau).
         tau: temperature, above 0.
-        pool: ``mean``, ``token_mean`` (by tokens), ``min`` or ``softmin`` -T log mean exp(-g / T).
+        pool: ``mean``, ``token_mean`` (by tokens), ``min`` or ``softmin`` -T log mean exp(-g / T), exact to a few
+            roundings at any T.
         softmin_temperature: T, above 0.
         expert_logits: ``[N]``, ``l_E``, for ``bt_gap``.
         floor: when given, a sentence without tokens takes the mean logit of its response's other sentences first, or the floor where none
@@ -72,7 +73,8 @@ def response_scores(
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     check_offsets(offsets, len(logits))
-    options = (transform, tau, pool, softmin_temperature, floor, impl)
+    # float32 holds no more extreme temperatures; softmin is min or mean to the last digit long before
+    options = (transform, tau, pool, min(max(softmin_temperature, 1e-30), 1e30), floor, impl)
     filled, scores = _response_scores(logits, token_counts, offsets, expert_logits, *options)
     return ResponseScores(logits if floor is None else filled, scores)
 
