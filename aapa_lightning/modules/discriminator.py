@@ -200,7 +200,7 @@ class DiscriminatorModule(ResumableEpochs):
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log_dict(self.judge(), batch_size=len(batch))
+        self.log_dict(self.judge(), batch_size=1)  # one batch; a mean weighted by another size would round
 
     @override
     def judge(self) -> dict[str, float]:
@@ -220,7 +220,7 @@ class DiscriminatorModule(ResumableEpochs):
     @override
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         figures = self._measure("test", self._reported("test"), self.resamples)
-        self.log_dict({f"test/{name}": value for name, value in figures.items()}, batch_size=len(batch))
+        self.log_dict({f"test/{name}": value for name, value in figures.items()}, batch_size=1)
 
     @override
     def on_train_end(self) -> None:

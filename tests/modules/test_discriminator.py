@@ -114,7 +114,7 @@ def test_equal_weights_leave_no_prior_in_the_logit():
 
 
 def test_trains_exports_and_loads(files, tiny_model_dir, tmp_path):
-    module = fit(files, tiny_model_dir)
+    module = fit(files, tiny_model_dir, data={"val_fraction": 0.4})
     assert module.metrics["sentence_auroc"] > 0.95
     assert module.metrics["response_auroc"] > 0.95
     assert "held-out figures" in report(module.metrics)
@@ -154,7 +154,7 @@ def test_cross_fitting_never_trains_a_head_on_its_own_fold(files, tiny_model_dir
 
 @pytest.mark.parametrize("folds", [1, 3])
 def test_temperature_is_fitted_to_held_out_logits(folds, files, tiny_model_dir):
-    module = fit(files, tiny_model_dir, epochs=3, folds=folds, dropout=0.5)
+    module = fit(files, tiny_model_dir, epochs=3, folds=folds, dropout=0.5, data={"val_fraction": 0.5})
     split = module.encoded["train" if folds > 1 else "val"]
     temperature = module.metrics["temperature"]
     assert float(module.head.temperature) == pytest.approx(temperature)
