@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,7 +15,7 @@ from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.continued import continued_head
 from aapa_lightning.anchor.encoder import FrozenEncoder
 from aapa_lightning.anchor.encoder_head import EncoderHeadDiscriminator
-from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen
+from aapa_lightning.anchor.head import Feature, StackedHead, feature_size
 from aapa_lightning.anchor.training import (
     EncodedExamples,
     bradley_terry_loss,
@@ -27,8 +27,9 @@ from aapa_lightning.anchor.training import (
     response_weights,
 )
 from aapa_lightning.errors import ConfigError, choose
-from aapa_lightning.metrics.functional.discrimination import Judged, calibration_error, discrimination
+from aapa_lightning.metrics.functional.discrimination import calibration_error
 from aapa_lightning.modules.discriminator_data import DiscriminatorData
+from aapa_lightning.modules.discriminator_figures import choosing_responses, figures_of, report, reported_responses, warn_of_met
 from aapa_lightning.modules.epochs import ResumableEpochs
 
 #: Share of the training sentences that score below the floor given to responses of which nothing is seen.
@@ -136,25 +137,13 @@ class DiscriminatorModule(ResumableEpochs):
             if self.folds > 1:
                 check_heads(self._weights, train.labels)
             if "val" in self.encoded:
-                self._warn_of_met(self.encoded["val"], train)
+                warn_of_met(self.encoded["val"], train)
 
     @property
     def chooses(self) -> bool:
         """Whether held-out prompts choose something: the epoch, the temperature, or what a callback monitors."""
-        fitted = self.folds == 1 and (self.calibrate or self.loss == "bradley_terry")
-        return (
-            self.select == "best"
-            or fitted
-            or any(getattr(callback, "monitor", None) for callback in getattr(self.trainer, "callbacks", ()))
-        )
-
-    def _warn_of_met(self, val: EncodedExamples, train: EncodedExamples) -> None:
-        unmet = ~val.met_in(train)
-        if not (bool(unmet[val.labels].any()) and bool(unmet[~val.labels].any())):
-            rank_zero_warn(
-                "held-out prompts: all expert responses, or all others, have a prompt or a text that training has too, so there are no "
-                "figures and the last epoch is kept; name prompts that training does not have in `val`"
-            )
+        monitored = any(getattr(callback, "monitor", None) for callback in getattr(self.trainer, "callbacks", ()))
+        return self.select == "best" or monitored or (self.folds == 1 and (self.calibrate or self.loss == "bradley_terry"))
 
     def _initial_head(self, frozen: FrozenEncoder) -> StackedHead:
         if self.start is None:
@@ -274,29 +263,14 @@ class DiscriminatorModule(ResumableEpochs):
         return logits
 
     def _choosing(self) -> Tensor:
-        """Held-out responses bool ``[N]`` that choose the epoch and the temperature: none that trained."""
-        examples = self.encoded["val"]
-        choosing = torch.isin(examples.groups, torch.tensor(sorted(self._data().choosing), dtype=torch.int64))
-        return choosing & ~examples.met_in(self.encoded["train"]) if "train" in self.encoded else choosing
+        return choosing_responses(self.encoded, self._data().choosing)
 
     def _reported(self, split: str) -> Tensor:
-        """Held-out responses bool ``[N]`` that neither trained nor chose anything, by prompt and by text."""
-        examples = self.encoded[split]
-        met = torch.zeros(len(examples), dtype=torch.bool)
-        if "train" in self.encoded:
-            met |= examples.met_in(self.encoded["train"])
-        if "val" in self.encoded:
-            met |= examples.met_in(self.encoded["val"], self._choosing())
-        return ~met
+        return reported_responses(self.encoded, self._data().choosing, split)
 
     def _measure(self, split: str, chosen: Tensor, resamples: int) -> dict[str, float]:
-        examples = self.encoded[split]
-        if not (bool(chosen[examples.labels].any()) and bool(chosen[~examples.labels].any())):
-            return {}
-        logits = examples.held_out(fill_unseen(self._logits(split).cpu(), examples.unseen_as_embedded(), self.head.floor.cpu()))
-        rows = examples.judged_sentences()
-        judged = Judged(logits[rows], examples.response_index[rows], examples.labels, examples.groups, examples.lengths).within(chosen)
-        return {"prompts": len(judged.groups.unique())} | discrimination(judged, resamples=resamples, seed=self.seed)
+        options = {"resamples": resamples, "seed": self.seed}
+        return figures_of(self.encoded[split], self._logits(split).cpu(), self.head.floor.cpu(), chosen, **options)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -324,17 +298,3 @@ class DiscriminatorModule(ResumableEpochs):
         """Write the discriminator's folder (``load_discriminator`` reads it), on rank 0."""
         if self.trainer.is_global_zero:
             self.discriminator().save(Path(folder))
-
-
-def report(metrics: dict[str, float]) -> str:
-    """Figures as lines of text, intervals in brackets, and the prompts that they are of."""
-    lines = ["held-out figures of the discriminator (95% interval)"]
-    if "prompts" in metrics:
-        chose = metrics.get("choosing_prompts", 0)
-        others = f"; {chose:.0f} others chose the epoch or fitted the temperature" if chose else ""
-        lines[0] += f", of {metrics['prompts']:.0f} held-out prompts that chose nothing{others}"
-    for name, value in metrics.items():
-        if not name.endswith(("_low", "_high", "prompts")):
-            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-            lines.append(f"  {name:<24}{value:.3f}" + (f"  [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""))
-    return "\n".join(lines)
