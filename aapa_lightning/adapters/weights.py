@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aapa_lightning.adapters.lora import base_state, peft_package, wrapped_layers
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError, in_one_line
 
 
@@ -132,7 +132,7 @@ def adapter_base(source: str, revision: str | None = None) -> AdapterBase | None
         return None
     if file is None:
         return None
-    settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    settings = read_json(file, base_model_name_or_path=(str, type(None)), revision=(str, type(None)))
     base = settings.get("base_model_name_or_path")
     if not base or base == source:
         raise ConfigError(

@@ -13,14 +13,24 @@ from torch import Tensor
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
 from aapa_lightning.anchor.encoder_head import pick_reference
-from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.data.control_tokens import encode_batch, marked
 from aapa_lightning.data.records import prompt_text
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import refuse_missing, write_json
 from aapa_lightning.types import Record, SentenceSpans
 
+#: What ``discriminator.json`` holds.
+_KINDS: dict[str, Any] = {
+    "model": str,
+    "template": str,
+    "max_length": int,
+    "temperature": float,
+    "batch_size": int,
+    "batch_tokens": int,
+    "fingerprint": str,
+}
 _FIELD = re.compile(r"\{(prompt|reference|response)\}")
 
 
@@ -148,14 +158,14 @@ class SequenceClassifierDiscriminator(Discriminator):
             ConfigError: a file is missing or damaged, or the weights are others than those that were saved.
         """
         file = Path(folder) / "discriminator.json"
-        settings = read_json(file)
+        settings = read_json(file, **_KINDS)
         expected = settings.pop("fingerprint", None)
         settings.pop("class", None)
         if encoder is not None:
             settings["model"] = encoder
         try:
             judge = cls(**settings, trust_remote_code=trust_remote_code)
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{file} is damaged or of another version: {error}") from error
         if judge.fingerprint() != expected:
             raise ConfigError(f"{file}: expected weights with fingerprint {expected}, found {judge.fingerprint()} at {settings['model']!r}")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from aapa_lightning.anchor.encoder import FrozenEncoder
-from aapa_lightning.anchor.encoder_head import HEAD_FILE, EncoderHeadDiscriminator
-from aapa_lightning.anchor.files import read_json, read_tensors
+from aapa_lightning.anchor.encoder_head import HEAD_FILE, KINDS, EncoderHeadDiscriminator
+from aapa_lightning.anchor.files import read_tensors
 from aapa_lightning.anchor.head import Feature, StackedHead
 from aapa_lightning.anchor.segment import Segmenter
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ def continued_head(folder: str | Path, frozen: FrozenEncoder, features: Sequence
         ConfigError: a file is missing or damaged, or the folder's encoder, encoding, features, folds or hidden units are others.
     """
     file = Path(folder) / "discriminator.json"
-    settings = read_json(file)
+    settings = read_json(file, **KINDS)
     layout = settings.get("head") or {}
     ours, theirs = (_presentation(encoding) for encoding in (asdict(frozen.encoding), settings.get("encoding") or {}))
     checks = [
@@ -45,7 +46,7 @@ def continued_head(folder: str | Path, frozen: FrozenEncoder, features: Sequence
         head = StackedHead(**layout)
         head.load_state_dict(read_tensors(Path(folder) / HEAD_FILE))
         found = EncoderHeadDiscriminator(frozen, copy.deepcopy(head), features, Segmenter(**settings["segmenter"])).fingerprint()
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"start: {folder} is damaged or of another version ({type(error).__name__}); train it again") from error
     if found != settings.get("fingerprint"):
         raise ConfigError(f"start: {folder}: {HEAD_FILE} is not the file written with {file.name} (fingerprints differ); train it again")

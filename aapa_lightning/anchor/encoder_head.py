@@ -16,17 +16,30 @@ from aapa_kernels import anchor_score
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.context import Encoding
 from aapa_lightning.anchor.encoder import Embedded, FrozenEncoder, hash_tensors
-from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
+from aapa_lightning.anchor.files import read_tensors, write_tensors
 from aapa_lightning.anchor.head import Feature, StackedHead, feature_size, fill_unseen, sentence_features
 from aapa_lightning.anchor.reference_cache import ReferenceCache
 from aapa_lightning.anchor.segment import SEGMENTER_VERSION, Segmenter, segment_texts
 from aapa_lightning.anchor.thinking import answer_start
 from aapa_lightning.data.records import prompt_hash
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.files import whole_folder, write_json
 from aapa_lightning.types import Record, SentenceSpans
 
 HEAD_FILE = "head.safetensors"
+#: What ``discriminator.json`` holds.
+KINDS: dict[str, Any] = {
+    "encoder": str,
+    "encoder_fingerprint": str,
+    "hidden_size": int,
+    "encoding": dict,
+    "features": list,
+    "head": dict,
+    "segmenter": dict,
+    "fingerprint": str,
+    "metrics": dict,
+}
 
 
 def fold_of(prompt: str | tuple, folds: int) -> int:
@@ -186,7 +199,7 @@ class EncoderHeadDiscriminator(Discriminator):
             ConfigError: a file is missing or damaged, or the encoder is not the one that the head was trained on.
         """
         file = Path(folder) / "discriminator.json"
-        settings = read_json(file)
+        settings = read_json(file, **KINDS)
         try:
             path = encoder or _resolve(settings["encoder"], Path(folder))
             frozen = FrozenEncoder(path, Encoding(**settings["encoding"]), trust_remote_code=trust_remote_code)
@@ -195,7 +208,7 @@ class EncoderHeadDiscriminator(Discriminator):
             head.load_state_dict(read_tensors(Path(folder) / HEAD_FILE))
             judge = cls(frozen, head, settings["features"], Segmenter(**settings["segmenter"]), settings["metrics"])
             expected = settings["fingerprint"]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ConfigError(f"{file} and {HEAD_FILE} are damaged or of another version: {_first_line(error)}; train it again") from error
         if judge.fingerprint() != expected:
             raise ConfigError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.files import read_json
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError
 
 #: Names in ``discriminator.json`` and the classes that they mean.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
-from aapa_lightning.anchor.files import read_json
 from aapa_lightning.anchor.reference_text import Wrapper, polar_text, template_text
 from aapa_lightning.anchor.server import ScoreServer
 from aapa_lightning.anchor.value_model import ValueModel, load_tokenizer, reward_token_id, vocabulary
 from aapa_lightning.data.control_tokens import broken_up
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError, DataError, choose
 from aapa_lightning.files import write_json
 from aapa_lightning.thinking import Thinking
@@ -27,6 +27,25 @@ from aapa_lightning.types import Record, SentenceSpans
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda scores: scores.mean(), "max": lambda scores: scores.max()}
 #: Settings that do not decide a score, or are digested by themselves.
 _NOT_DIGESTED = ("model", "server", "device", "batch_tokens")
+
+
+#: What ``discriminator.json`` holds.
+_KINDS: dict[str, Any] = {
+    "fingerprint": (str, type(None)),
+    "model": (str, type(None)),
+    "template": (str, type(None)),
+    "server": (dict, type(None)),
+    "temperature": (float, type(None)),
+    "over_references": str,
+    "max_references": (int, type(None)),
+    "subtract_self": bool,
+    "wrapper": str,
+    "max_tokens": int,
+    "max_response_tokens": int,
+    "dtype": str,
+    "batch_tokens": int,
+    "device": (str, type(None)),
+}
 
 
 def answer_of(text: str) -> str:
@@ -257,7 +276,7 @@ class RewardModelDiscriminator(Discriminator):
             ConfigError: the file is missing or damaged, or the weights are others than those that were saved.
         """
         file = Path(folder) / "discriminator.json"
-        settings = read_json(file)
+        settings = read_json(file, **_KINDS)
         expected = settings.pop("fingerprint", None)
         settings.pop("class", None)
         try:
@@ -267,7 +286,7 @@ class RewardModelDiscriminator(Discriminator):
             elif encoder is not None or settings.get("model") == ".":
                 settings["model"] = encoder or str(folder)
             judge = cls(**settings, trust_remote_code=trust_remote_code)
-        except TypeError as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{file} is damaged or of another version: {error}") from error
         if expected is not None and judge.fingerprint() != expected:
             raise ConfigError(

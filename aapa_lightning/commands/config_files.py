@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.documents import read_yaml
 
 
 def names_data_class(arguments: Sequence[str]) -> bool:
@@ -17,7 +16,7 @@ def names_data_class(arguments: Sequence[str]) -> bool:
     it, wherever two arguments share a name.
 
     Raises:
-        ConfigError: a file is not YAML; the parser would not say which.
+        ConfigError: a file is not YAML or out of bounds; the parser would not say which.
     """
     named = [word for word in arguments if word.partition("=")[0] in ("--data", "--data.class_path")]
     return any([_chooses(path) for path in _config_paths(arguments)]) or bool(named)
@@ -31,12 +30,8 @@ def _config_paths(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _chooses(path: str) -> bool:
-    try:
-        with open(path, encoding="utf-8") as file:
-            config: Any = yaml.safe_load(file)
-    except OSError:
+    if not os.path.isfile(path):
         return False  # the parser says what is wrong with it
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: expected YAML, found: {error}") from error
+    config: Any = read_yaml(path, "--config")
     data = config.get("data") if isinstance(config, dict) else None
     return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)

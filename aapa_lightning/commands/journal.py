@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from aapa_lightning.documents import parse_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import atomic_write, write_json
 
@@ -91,8 +92,8 @@ class Journal:
 
     def _compare(self) -> None:
         try:
-            found = json.loads(self.note.read_bytes())
-        except (OSError, ValueError) as error:
+            found = parse_json(self.note.read_bytes(), "the note")
+        except (OSError, ConfigError) as error:
             raise ConfigError(
                 f"{self.note}: expected what {self.path.name} was made from, found no readable file ({error}); {self._start_anew()}"
             ) from error
@@ -166,7 +167,7 @@ def _is_row(line: bytes) -> bool:
         return False
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from aapa_lightning.adapters import adapters_off, architecture, base_state, has_adapters
 from aapa_lightning.anchor.encoder import hash_tensors
-from aapa_lightning.anchor.files import read_json, read_tensors, write_tensors
+from aapa_lightning.anchor.files import read_tensors, write_tensors
+from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import write_json
 from aapa_lightning.loop.demonstrations import demonstration_logprobs

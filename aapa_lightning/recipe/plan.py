@@ -23,13 +23,13 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from aapa_lightning.documents import parse_yaml, read_text, read_yaml
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.recipe.references import Scope, Stage, resolve
 
@@ -37,6 +37,8 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 RECIPE_KEYS = {"run_dir", "vars", "rounds", "stages", "summary"}
 BLOCK_KEYS = {"rounds", "stages"}
 STAGE_KEYS = {"name", "command", "config", "settings", "args", "launcher", "env", "run_dir"}
+#: Stages of a recipe, every round counted.
+MOST_STAGES = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -68,23 +70,18 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: expected `run_dir` and at least one entry under `stages`, found {sorted(raw)}")
     variables: dict[str, Any] = {}
     scope = Scope(path, raw["run_dir"], variables)
-    for name, value in (raw.get("vars") or {}).items():  # a variable may name the environment and those before it
+    for name, value in _mapping(raw, "vars", path).items():  # a variable may name the environment and those before it
         variables[name] = resolve(value, scope)
     scope.run_dir = resolve(raw["run_dir"], scope)
     stages = list(_plan_block({"stages": raw["stages"]} | ({"rounds": raw["rounds"]} if "rounds" in raw else {}), scope))
     names = [stage.name for stage in stages]
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := {name for name, count in Counter(names).items() if count > 1}:
         raise ConfigError(f"{path}: stage names must differ, found twice: {', '.join(sorted(twice))}")
     return Recipe(path, scope.run_dir, stages, raw.get("summary"))
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe: {path} is not YAML: {error}") from error
+    raw = read_yaml(path, "recipe")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping with `run_dir` and `stages`, found {type(raw).__name__}")
     return raw
@@ -100,7 +97,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         node = _child(node, word, override)
     if not isinstance(node, dict):
         raise ConfigError(f"--set {override}: {'.'.join(parents)} holds no keys")
-    node[last] = yaml.safe_load(text)
+    node[last] = parse_yaml(text, f"--set {key}")
 
 
 def _child(node: Any, word: str, override: str) -> Any:
@@ -127,6 +124,8 @@ def _plan_block(block: Mapping[str, Any], scope: Scope) -> Iterator[Stage]:
         raise ConfigError(f"{scope.source}: rounds inside rounds are not supported")
     if not isinstance(block["stages"], list):
         raise ConfigError(f"{scope.source}: stages: expected a list, found {type(block['stages']).__name__}")
+    if (planned := (rounds or 1) * len(block["stages"])) > MOST_STAGES:
+        raise ConfigError(f"{scope.source}: rounds: expected at most {MOST_STAGES} stages in all, found {planned}; lower rounds")
     outside = scope.round
     for number in [scope.round] if rounds is None else range(1, rounds + 1):
         if rounds is not None:
@@ -140,12 +139,15 @@ def _plan_entries(entries: Sequence[Any], scope: Scope) -> Iterator[Stage]:
     for entry in entries:
         if not isinstance(entry, dict):
             raise ConfigError(f"{scope.source}: stages: expected mappings with a `name`, found {entry!r}")
+        if len(scope.planned) >= MOST_STAGES:
+            raise ConfigError(f"{scope.source}: expected at most {MOST_STAGES} stages in all, found more")
         if "stages" in entry:
             _known(entry, BLOCK_KEYS, f"{scope.source}: block of stages")
             yield from _plan_block(entry, scope)
         else:
             stage = _plan_stage(entry, scope)
             scope.stages[stage.base] = stage
+            scope.planned.append(stage.name)
             yield stage
 
 
@@ -160,22 +162,61 @@ def _plan_stage(entry: Mapping[str, Any], scope: Scope) -> Stage:
     scope.self_values = {"name": name}
     run_dir = str(resolve(entry.get("run_dir", f"{scope.run_dir}/{name}"), scope))
     scope.self_values["run_dir"] = run_dir
-    command = entry.get("command", "fit")
-    words = tuple(command.split() if isinstance(command, str) else map(str, command))
-    settings = resolve(entry.get("settings") or {}, scope)
+    words = _command(entry.get("command", "fit"), where)
+    settings = resolve(_mapping(entry, "settings", where), scope)
     settings_file = f"{scope.run_dir}/configs/{name}.yaml"
-    configs = [_config_path(path, scope) for path in resolve(entry.get("config") or [], scope)]
+    configs = [_config_path(path, scope) for path in resolve(_list(entry, "config", where), scope)]
     trainer = words[0] in TRAINER_COMMANDS
     if (configs or settings) and not trainer:
         raise ConfigError(f"{where}: `config` and `settings` belong to {', '.join(TRAINER_COMMANDS)}; give `args` to {' '.join(words)}")
     arguments = [f"--config={path}" for path in [*configs, *([settings_file] if settings else [])]]
     arguments += [f"--run_dir={run_dir}"] if trainer else []
     arguments += list(_flags(resolve(entry.get("args") or {}, scope), trainer, where))
-    launcher = tuple(map(str, resolve(entry.get("launcher") or [], scope)))
-    env = {key: str(value) for key, value in resolve(entry.get("env") or {}, scope).items()}
-    files = [Path(path).read_text(encoding="utf-8") if Path(path).is_file() else "" for path in configs if not _inside(path, scope.run_dir)]
-    digest = hashlib.sha256(json.dumps([words, arguments, settings, launcher, env, files, scope.used], sort_keys=True).encode()).hexdigest()
+    launcher = tuple(map(str, resolve(_list(entry, "launcher", where), scope)))
+    env = {key: str(value) for key, value in resolve(_mapping(entry, "env", where), scope).items()}
+    files = [_config_text(path, where) for path in configs if not _inside(path, scope.run_dir)]
+    parts = [words, arguments, _text_keys(settings), launcher, env, files, scope.used]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Stage(name, base, words, run_dir, tuple(arguments), settings, settings_file, launcher, env, digest)
+
+
+def _text_keys(value: Any) -> Any:
+    """The value with text for every key, as JSON has it: keys of several types have no order."""
+    if isinstance(value, dict):
+        return {str(key): _text_keys(item) for key, item in value.items()}
+    return [_text_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def _command(command: Any, where: str) -> tuple[str, ...]:
+    words = tuple(command.split()) if isinstance(command, str) else tuple(map(str, command)) if isinstance(command, list) else ()
+    if not words:
+        raise ConfigError(f"{where}: command: expected the words of an `aapa` command, such as fit or data check, found {command!r}")
+    return words
+
+
+def _mapping(holder: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """What a key holds, empty where it is absent. Raises ConfigError for anything but a mapping from names."""
+    value = holder.get(key) or {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{where}: {key}: expected a mapping from names to values, found {value!r}")
+    return value
+
+
+def _list(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """What a key holds, empty where it is absent. Raises ConfigError for anything but a list."""
+    value = holder.get(key) or []
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}: {key}: expected a list, found {value!r}")
+    return value
+
+
+def _config_text(path: str, where: str) -> str:
+    """What a configuration file says, empty for one that an earlier stage will write; it is read as the stage will read it."""
+    if not Path(path).is_file():
+        return ""
+    text = read_text(path, f"{where}: config")
+    parse_yaml(text, f"{where}: config {path}")
+    return text
 
 
 def _config_path(path: Any, scope: Scope) -> str:
@@ -212,5 +253,5 @@ def _flag(key: str, value: Any, trainer: bool) -> Iterator[str]:
 
 
 def _known(mapping: Mapping[str, Any], keys: set[str], where: str) -> None:
-    if unknown := sorted(set(mapping) - keys):
-        raise ConfigError(f"{where}: unknown keys {', '.join(map(str, unknown))}; expected {', '.join(sorted(keys))}")
+    if unknown := sorted(map(str, set(mapping) - keys)):
+        raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(keys))}")

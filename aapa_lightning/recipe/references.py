@@ -15,6 +15,8 @@ from typing import Any
 
 from aapa_lightning.errors import ConfigError
 
+#: Characters that a recipe may come to when its references are written out; every value counts for 20 besides.
+MOST_CHARACTERS = 1 << 24
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
@@ -49,7 +51,11 @@ class Stage:
 
 @dataclass(slots=True)
 class Scope:
-    """What references see; ``used`` collects the fingerprints of the stages that were named."""
+    """What references see.
+
+    ``used`` collects the fingerprints of the stages that were named, ``planned`` the names of all stages. ``characters`` counts what has
+    been written out: a variable may name another ten times, which names another ten times.
+    """
 
     source: str
     run_dir: str
@@ -59,23 +65,47 @@ class Scope:
     previous: dict[str, Stage] = field(default_factory=dict)
     self_values: dict[str, str] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
+    characters: int = 0
+
+    def count(self, characters: int) -> None:
+        """Add to what has been written out. Raises ConfigError above ``MOST_CHARACTERS``."""
+        self.characters += characters
+        if self.characters > MOST_CHARACTERS:
+            raise ConfigError(f"{self.source}: its references come to more than {MOST_CHARACTERS} characters when they are written out")
 
 
 def resolve(value: Any, scope: Scope) -> Any:
     """Replace the references in every string; a string that is one reference keeps the type of what it names.
 
     Raises:
-        ConfigError: a reference to nothing.
+        ConfigError: a reference to nothing, or references that come to too much.
     """
+    scope.count(20)
     if isinstance(value, dict):
         return {key: resolve(item, scope) for key, item in value.items()}
     if isinstance(value, list):
         return [resolve(item, scope) for item in value]
     if not isinstance(value, str):
         return value
+    scope.count(len(value))
     if whole := _REFERENCE.fullmatch(value):
-        return _lookup(whole[1], scope)
-    return _REFERENCE.sub(lambda match: str(_lookup(match[1], scope)), value)
+        return _counted(_lookup(whole[1], scope), scope)
+    return _REFERENCE.sub(lambda match: _spelled(_lookup(match[1], scope), scope), value)
+
+
+def _counted(value: Any, scope: Scope) -> Any:
+    """The value, whose size now counts once more."""
+    scope.count(20 + (len(value) if isinstance(value, str) else 0))
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _counted(item, scope)
+    return value
+
+
+def _spelled(value: Any, scope: Scope) -> str:
+    text = str(_counted(value, scope))
+    scope.count(len(text))
+    return text
 
 
 def _lookup(expression: str, scope: Scope) -> Any:

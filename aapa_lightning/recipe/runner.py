@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,6 +15,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from aapa_lightning.console import say
+from aapa_lightning.documents import check_kinds, read_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import sweep, write_json, write_text
 from aapa_lightning.locks import hold
@@ -23,6 +24,7 @@ from aapa_lightning.recipe.plan import Recipe
 from aapa_lightning.recipe.references import Stage
 
 TAIL_LINES = 20
+_STATE_KINDS = {"status": str, "fingerprint": str, "seconds": float}
 
 
 class Progress:
@@ -48,14 +50,18 @@ class Progress:
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages of a state file. Raises ConfigError for a file that this program has not written so."""
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path} ({error}); put it back, or remove it to run all stages again") from error
-    known = {"status", "fingerprint", "seconds"}
-    if not isinstance(state, dict) or any(not isinstance(entry, dict) or not known <= entry.keys() for entry in state.values()):
-        raise ConfigError(f"{path} is damaged: expected status, fingerprint and seconds of every stage; put it back, or remove it")
-    return state
+        stages = read_json(path)
+        for name, entry in stages.items():
+            if not isinstance(entry, dict) or not entry.keys() >= _STATE_KINDS.keys():
+                raise ConfigError(f"{path} is damaged: expected {', '.join(_STATE_KINDS)} of the stage {name!r}")
+            check_kinds(entry, f"{path}: stage {name}", _STATE_KINDS)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. It says which stages are done: put a sound copy back, or remove it, and the folders of stages that are to run again"
+        ) from error
+    return stages
 
 
 def select(recipe: Recipe, start: str | None, only: str | None) -> list[Stage]:
@@ -98,6 +104,8 @@ def run_recipe(recipe: Recipe, *, start: str | None = None, only: str | None = N
 
 def _run_stages(recipe: Recipe, stages: list[Stage], *, discard: bool) -> int:
     progress = Progress(recipe.run_dir)
+    for stage in stages:
+        _check_launcher(stage)
     if discard:
         for stage in stages:
             _discard(stage, recipe, progress)
@@ -105,7 +113,7 @@ def _run_stages(recipe: Recipe, stages: list[Stage], *, discard: bool) -> int:
         entry = progress.get(stage)
         _check_unchanged(stage, entry)
         if entry.get("status") == "done":
-            print(f"== {stage.name}: done before, {entry['seconds']:.0f} s", flush=True)
+            say(f"== {stage.name}: done before, {entry['seconds']:.0f} s")
             continue
         code = _run_stage(stage, recipe, progress)
         if code != 0:
@@ -119,6 +127,13 @@ def command_line(stage: Stage, resume: bool = False) -> list[str]:
     if launcher[0] == "torchrun":  # the one of this interpreter, also when its folder is not on the path
         launcher = [sys.executable, "-m", "torch.distributed.run", *launcher[1:]]
     return [*launcher, "-m", "aapa_lightning.cli", *stage.command, *stage.arguments, *(["--resume"] if resume else [])]
+
+
+def _check_launcher(stage: Stage) -> None:
+    """Raise ConfigError for a launcher that is no program here, before anything has run."""
+    words = command_line(stage)
+    if shutil.which(words[0], path=stage.env.get("PATH")) is None:
+        raise ConfigError(f"stage {stage.name}: launcher: expected a program on the PATH, such as torchrun, found {words[0]!r}")
 
 
 def _checkpoint(stage: Stage) -> bool:
@@ -153,7 +168,7 @@ def _run_stage(stage: Stage, recipe: Recipe, progress: Progress) -> int:
     if stage.settings:
         write_text(stage.settings_file, yaml.safe_dump(stage.settings, sort_keys=False))
     words = command_line(stage, resume)
-    print(f"== {stage.name}: {shlex.join(words)}", flush=True)
+    say(f"== {stage.name}: {shlex.join(words)}")
     progress.set(stage, "running", before)
     log = Path(recipe.run_dir) / "logs" / f"{stage.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +183,7 @@ def _run_stage(stage: Stage, recipe: Recipe, progress: Progress) -> int:
     progress.set(stage, "done" if code == 0 else "failed", seconds)
     if code != 0:
         tail = "\n".join(f"  {line}" for line in log.read_text(encoding="utf-8").splitlines()[-TAIL_LINES:])
-        print(f"aapa: error: stage {stage.name} ended with exit code {code}; the end of {log}:\n{tail}", file=sys.stderr)
+        say(f"aapa: error: stage {stage.name} ended with exit code {code}; the end of {log}:\n{tail}", error=True)
     return code
 
 
@@ -177,7 +192,10 @@ def _run_and_copy(words: list[str], env: dict[str, str], log: TextIO) -> int:
     live = sys.stdout.isatty()
     # the stage hears of a SIGTERM too, and this process ends after it
     before = signal.signal(signal.SIGTERM, _terminated) if threading.current_thread() is threading.main_thread() else None
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603  # words, no shell
+    try:
+        process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # noqa: S603  # words, no shell
+    except (OSError, ValueError) as error:  # not for this machine, or a word with a null byte
+        raise ConfigError(f"launcher: cannot start {words[0]!r}: {getattr(error, 'strerror', None) or error}") from error
     if process.stdout is None:
         raise RuntimeError("the stage has no output pipe")
     try:
@@ -221,5 +239,6 @@ def _write_lines(lines: list[bytes], log: TextIO, live: bool) -> None:
         text = line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace")
         log.write(text + "\n")
         if not live:
-            print(text, flush=True)
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
     log.flush()

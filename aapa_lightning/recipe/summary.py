@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aapa_lightning.documents import check_kinds, read_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.recipe.plan import Recipe
 from aapa_lightning.recipe.references import Stage
@@ -45,13 +45,16 @@ def plan_summary(recipe: Recipe) -> Summary:
     rows, columns, given = section["rows"], section["columns"], section.get("given", {})
     if not isinstance(rows, dict) or not isinstance(columns, list | dict) or not isinstance(given, dict):
         raise ConfigError(f"{recipe.path}: summary: expected mappings under rows and given, and a list or a mapping under columns")
+    if not all(isinstance(name, str) for name in [*rows.values(), *(columns.values() if isinstance(columns, dict) else columns)]):
+        raise ConfigError(f"{recipe.path}: summary: expected names of stages under rows and of metrics under columns, found {section!r}")
     latest = {name: stage for stage in recipe.stages for name in (stage.name, stage.base)}
     for row, name in rows.items():
         if name not in latest:
             raise ConfigError(f"{recipe.path}: summary.rows.{row}: no stage {name!r}; expected one of {', '.join(latest)}")
     metrics = dict(columns) if isinstance(columns, dict) else {str(name): str(name) for name in columns}
     for row, figures in given.items():
-        if not isinstance(figures, dict) or not set(figures) <= set(metrics):
+        numbers = isinstance(figures, dict) and all(isinstance(figure, int | float) for figure in figures.values())
+        if not numbers or not set(figures) <= set(metrics):
             raise ConfigError(
                 f"{recipe.path}: summary.given.{row}: expected numbers for columns among {', '.join(metrics)}, found {figures!r}"
             )
@@ -75,7 +78,8 @@ def summarise(summary: Summary, seconds: Mapping[str, float]) -> Table:
 
 def _row(stage: Stage, metrics: Mapping[str, str], seconds: Mapping[str, float]) -> dict[str, float | None]:
     path = Path(stage.run_dir) / "test_metrics.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    check_kinds(found, str(path), dict.fromkeys(found, (float, type(None))))
     found["seconds"] = seconds.get(stage.name)
     return {column: found.get(metric, found.get(f"test/{metric}")) for column, metric in metrics.items()}
 

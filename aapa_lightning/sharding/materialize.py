@@ -6,7 +6,6 @@ adapters, files that transformers converts) rank 0 loads the model as ever and s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from aapa_lightning.documents import check_kinds, read_json
 from aapa_lightning.errors import AapaError, ConfigError
 from aapa_lightning.sharding.files import local_rows
 
@@ -99,7 +99,8 @@ def _files(folder: str, revision: str | None) -> dict[str, Path]:
 
     index = find("model.safetensors.index.json")
     if index is not None:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names: dict[str, str] = read_json(index, weight_map=dict).get("weight_map", {})
+        check_kinds(names, str(index), dict.fromkeys(names, str))
         parts = {file: find(file) for file in set(names.values())}
         return {name: path for name, file in names.items() if (path := parts[file]) is not None}
     single = find("model.safetensors")
