@@ -6,7 +6,10 @@ import http.client
 import json
 import os
 import re
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -32,6 +35,36 @@ def _without_login(url: str) -> str:
     return re.sub("//.*@", "//...@", re.split("[?#]", url)[0])
 
 
+@contextmanager
+def _deadline(connected: socket.socket, seconds: float) -> Iterator[None]:
+    """Give up on a connection after so many seconds, whatever comes over it: a socket's own timeout counts silence alone.
+
+    Raises:
+        TimeoutError: the time is up.
+    """
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        with suppress(OSError):  # closed already
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)  # not TLS's own, which would wait for the other side
+
+    connected.settimeout(seconds)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if over.is_set():
+            raise TimeoutError(f"no whole answer within {seconds:g} seconds") from error
+        raise
+    finally:
+        timer.cancel()
+    if over.is_set():  # an answer that ends with its connection looks whole
+        raise TimeoutError(f"no whole answer within {seconds:g} seconds")
+
+
 @dataclass(frozen=True)
 class Remote:
     """A server, and how patiently it is asked.
@@ -42,7 +75,7 @@ class Remote:
     Args:
         url: ``http://host:port``.
         connect_timeout: seconds.
-        read_timeout: seconds without a byte of the answer.
+        read_timeout: seconds until a request is answered in full; a server that sends a byte now and then does not extend them.
         retries: tries after the first.
         backoff: seconds before the second try.
         api_key_env: environment variable that holds the bearer token.
@@ -121,10 +154,10 @@ class Remote:
             headers["Authorization"] = f"Bearer {self._key(self.api_key_env)}"
         try:
             connection.connect()
-            connection.sock.settimeout(self.read_timeout)
-            connection.request(method, parts.path.rstrip("/") + path, payload, headers)
-            answer = connection.getresponse()
-            content = answer.read(_LONGEST_ANSWER + 1)
+            with _deadline(connection.sock, self.read_timeout):
+                connection.request(method, parts.path.rstrip("/") + path, payload, headers)
+                answer = connection.getresponse()
+                content = answer.read(_LONGEST_ANSWER + 1)
             if len(content) > _LONGEST_ANSWER:
                 raise ConfigError(f"{self.named()} answered with more than {_LONGEST_ANSWER >> 20} MiB; {self.shorten}")
             if answer.length:  # read with a limit does not mind that the rest is missing

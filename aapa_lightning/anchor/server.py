@@ -62,7 +62,7 @@ class ScoreServer(Remote):
         concurrency: requests at a time.
         body: more fields of a request, such as ``{use_activation: null}``.
         connect_timeout: seconds.
-        read_timeout: seconds without a byte of the answer.
+        read_timeout: seconds until a request is answered in full.
         retries: tries after the first.
         backoff: seconds before the second try.
         api_key_env: environment variable that holds the bearer token.

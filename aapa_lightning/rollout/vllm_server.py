@@ -104,7 +104,7 @@ class VLLMServerEngine(RolloutEngine):
         served_model: the name that it serves, when not the first.
         concurrency: requests at a time, of each rank.
         connect_timeout: seconds.
-        read_timeout: seconds without a byte; a request answers when its longest response has ended.
+        read_timeout: seconds until a request is answered in full, which is when its longest response has ended.
         retries: tries after the first.
         backoff: seconds before the second try.
         api_key_env: environment variable that holds the bearer token.
