@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aapa_lightning.anchor.asking import ask
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.data.records import prompt_hash
@@ -158,7 +159,8 @@ def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Se
     pairs = [(record, text) for record, texts in zip(batch, answers, strict=True) for text in texts]
     texts = [text for _, text in pairs]
     spans = segment_texts(texts, segmenter)
-    logits = iter(score(texts, [record for record, _ in pairs], spans).cpu().split([len(row) for row in spans.char_spans]))
+    found = ask(discriminator, texts, [record for record, _ in pairs], spans, score=score)
+    logits = iter(found.cpu().split([len(row) for row in spans.char_spans]))
     return [
         {"prompt_hash": prompt_hash(record.prompt), "experts": mine, "logits": [next(logits).tolist() for _ in mine]}
         for record, mine in zip(batch, answers, strict=True)

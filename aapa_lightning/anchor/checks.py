@@ -11,7 +11,7 @@ from torch import Tensor
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.signal import AnchorOptions
 from aapa_lightning.errors import ConfigError, DataError
-from aapa_lightning.types import Record, Rollouts, SentenceSpans
+from aapa_lightning.types import Record
 
 
 class Bank(Protocol):
@@ -54,17 +54,6 @@ def check_host(options: AnchorOptions, *, group_size: int, ratio_level: Literal[
         raise ConfigError(
             "anchor: granularity=sentence does not go with ratio_level=sequence: one ratio (and one clip) for the whole response would mix "
             "the sentences' credits; use ratio_level=token or granularity=response"
-        )
-
-
-def check_finite(logits: Tensor, spans: SentenceSpans, rollouts: Rollouts) -> None:
-    """Raise DataError naming the record and the response of the first logit that is not finite."""
-    bad = ~torch.isfinite(logits)
-    if bool(bad.any()):
-        row = int(spans.response_index[bad][0])
-        raise DataError(
-            f"{rollouts.records[row].source}: expected finite logits from the discriminator, found {float(logits[bad][0])} for the "
-            f"response {rollouts.texts[row][:80]!r}"
         )
 
 

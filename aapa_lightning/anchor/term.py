@@ -9,6 +9,7 @@ In a loop of one's own::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -16,8 +17,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from aapa_lightning.anchor.asking import ask
 from aapa_lightning.anchor.base import Discriminator
-from aapa_lightning.anchor.checks import Bank, check_finite, check_host, check_parts, mean_expert_logits
+from aapa_lightning.anchor.checks import Bank, check_host, check_parts, mean_expert_logits
 from aapa_lightning.anchor.guard import Guard, GuardReport, measure
 from aapa_lightning.anchor.schedule import Schedule, as_schedule
 from aapa_lightning.anchor.segment import Segmenter, segment_rollouts
@@ -27,6 +29,7 @@ from aapa_lightning.data.records import require_experts
 from aapa_lightning.errors import ConfigError, refuse_idle
 from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import AnchorSignal, Record, Rollouts, SentenceSpans, SumOverRanks, identity_sum
+from aapa_lightning.users_code import users_code
 
 _COMPARES = "the discriminator compares every response with an expert's"
 
@@ -85,7 +88,10 @@ class AnchorTerm:
         self.options = AnchorOptions(transform, tau, pool, softmin_temperature, scale, scale_floor, granularity, combine, truncated)
         self.options.check()
         self.discriminator = discriminator
-        self._fingerprint = discriminator.fingerprint()  # hashing large weights takes seconds
+        with users_code(f"discriminator {type(discriminator).__name__}: fingerprint", owner=discriminator):
+            self._fingerprint = discriminator.fingerprint()  # hashing large weights takes seconds
+        if not isinstance(self._fingerprint, str):
+            raise ConfigError(f"discriminator {type(discriminator).__name__}: fingerprint must give text, found {self._fingerprint!r}")
         self.bank = bank
         self._compared = bank if self.options.transform == "bt_gap" else None
         self.thinking = as_thinking(score_thinking)
@@ -139,7 +145,8 @@ class AnchorTerm:
             The signal, on the rollouts' device, without gradient, not multiplied by lambda.
 
         Raises:
-            DataError: an expert is missing that the anchor needs, or a logit is not finite; names the record.
+            DataError: an expert is missing that the anchor needs, or the discriminator fails or answers anything but a finite number for
+                each sentence; names the record.
         """
         self.freeze()
         device = rollouts.response_ids.device
@@ -155,8 +162,7 @@ class AnchorTerm:
         view = answer_view(rollouts, self.thinking)
         scored = view.rollouts
         spans = view.scored(segment_rollouts(scored, self.segmenter))
-        logits = self.discriminator.score(scored.texts, rollouts.records, spans).to(rollouts.response_ids.device, torch.float32)
-        check_finite(logits, spans, scored)
+        logits = ask(self.discriminator, scored.texts, rollouts.records, spans).to(rollouts.response_ids.device)
         return logits, view.in_full_text(spans)
 
     def observe(
@@ -198,14 +204,20 @@ class AnchorTerm:
             return None
         pending, self._pending = self._pending, None
         report = self.guard.update(pending)
-        self.schedule.observe(task_reward=pending.get("task_reward"), tripped=bool(report.tripped))
+        with users_code(f"anchor: the schedule {type(self.schedule).__name__}", owner=self.schedule):
+            self.schedule.observe(task_reward=pending.get("task_reward"), tripped=bool(report.tripped))
         self.windows += 1
         self.trips += bool(report.tripped)
         return report
 
     def weight(self, step: int) -> float:
-        """Lambda at an optimiser step, counted from 0."""
-        return self.schedule.weight(step)
+        """Lambda at an optimiser step, counted from 0. Raises ConfigError for a schedule that fails or gives no finite number."""
+        name = f"anchor: the schedule {type(self.schedule).__name__}"
+        with users_code(name, owner=self.schedule):
+            weight = self.schedule.weight(step)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"{name} must give a finite number for step {step}, found {weight!r}")
+        return float(weight)
 
     def freeze(self) -> None:
         """Put the discriminator's networks in evaluation mode, without gradients."""

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from aapa_kernels import response_scores
+from aapa_lightning.anchor.asking import ask
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.segment import Segmenter, segment_texts
 from aapa_lightning.anchor.signal import AnchorOptions
 from aapa_lightning.commands.joined import Answer
 from aapa_lightning.data.records import prompt_hash
-from aapa_lightning.errors import DataError
 from aapa_lightning.thinking import ScoreThinking, as_thinking
-from aapa_lightning.types import Record, SentenceSpans
+from aapa_lightning.types import Record
 
 if TYPE_CHECKING:
     import pyarrow
@@ -114,13 +114,12 @@ class ResponseScorer:
             ``end`` (characters of the whole response), ``logit`` and ``probability``.
 
         Raises:
-            DataError: a logit is not finite; names the response.
+            DataError: the discriminator fails or answers anything but a finite number for each sentence; names the response.
         """
         texts = [self.thinking.answer(answer.response.text, answer.response.prompt_end) for answer in answers]
         starts = [len(answer.response.text) - len(text) for answer, text in zip(answers, texts, strict=True)]
         spans = segment_texts(texts, self.segmenter)
-        logits = self.discriminator.score(texts, records, spans).to("cpu", torch.float32)
-        _check_finite(logits, spans, answers)
+        logits = ask(self.discriminator, texts, records, spans, labels=[answer.response.source for answer in answers]).cpu()
         sizes = torch.tensor([len(row) for row in spans.char_spans])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
         scores = _numbers(response_scores(logits, spans.token_counts, offsets, **self._options).scores)
@@ -158,13 +157,3 @@ def schema() -> pyarrow.Schema:
 def _numbers(values: Tensor) -> list[float]:
     """Float32 values with no more digits than tell them apart."""
     return [float(str(value)) for value in values.numpy()]
-
-
-def _check_finite(logits: Tensor, spans: SentenceSpans, answers: Sequence[Answer]) -> None:
-    bad = ~torch.isfinite(logits)
-    if bool(bad.any()):
-        response = answers[int(spans.response_index[bad][0])].response
-        raise DataError(
-            f"{response.source}: expected finite logits from the discriminator, found {float(logits[bad][0])} for the response "
-            f"{response.text[:80]!r}"
-        )

@@ -20,6 +20,7 @@ from aapa_lightning.reduce import Mean, masked_sum
 from aapa_lightning.rewards.compose import RewardSet
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.types import Rollouts, SumOverRanks, identity_sum
+from aapa_lightning.users_code import users_code
 
 #: Gives (old, reference) log-probs of rollouts, float32 ``[N, L]`` each or None.
 Rescore = Callable[[Rollouts], tuple[Tensor | None, Tensor | None]]
@@ -96,7 +97,8 @@ def collect(
     if sampling.top_p < 1 or sampling.top_k > 0:
         warnings.warn(BIASED_SAMPLING, stacklevel=2)
     with torch.no_grad():
-        rollouts = drawn if drawn is not None else engine.generate(requests, sampling, seed=seed, window=window)
+        with users_code(f"engine {type(engine).__name__}", owner=engine):
+            rollouts = drawn if drawn is not None else engine.generate(requests, sampling, seed=seed, window=window)
         old, reference = rescore(rollouts)
         # casts of weights made here must not serve the loss under the same autocast: its gradient would end at them (pytorch#112583)
         torch.clear_autocast_cache()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from aapa_lightning.advantages import scored_rows
-from aapa_lightning.errors import AapaError, ConfigError, DataError
+from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.thinking import Judged, ScoreThinking, as_thinking
 from aapa_lightning.types import Record
+from aapa_lightning.users_code import culprit, label, users_code
 
 logger = logging.getLogger(__name__)
 
@@ -107,23 +108,22 @@ def _column(reward: Reward, responses: Sequence[str], records: Sequence[Record])
     """Scores of one reward, float32 ``[N]``."""
     judge: Judge = getattr(reward, "score_or_abstain", reward)
     may_abstain = judge is not reward
-    try:
+
+    def alone(i: int) -> object:
+        return _numbers(judge([responses[i]], [records[i]]), may_abstain)
+
+    with users_code(f"reward {reward.name!r}", lambda: culprit(alone, responses, [label(record) for record in records])):
         values, abstained = _numbers(judge(responses, records), may_abstain)
-    except AapaError:
-        raise
-    except Exception as error:
-        where = _culprit(judge, may_abstain, responses, records)
-        raise DataError(f"reward {reward.name!r} raised {type(error).__name__}: {error} (at {where})") from error
     if values.shape != (len(responses),):
         raise DataError(
             f"reward {reward.name!r} must return one number per response, {len(responses)} in all; found shape {tuple(values.shape)} "
-            f"(first record {_label(records[0]) if records else 'none'})"
+            f"(first record {label(records[0]) if records else 'none'})"
         )
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         i = bad[0]
         raise DataError(
-            f"reward {reward.name!r} must return finite numbers, found {float(values[i])} for {_label(records[i])}, "
+            f"reward {reward.name!r} must return finite numbers, found {float(values[i])} for {label(records[i])}, "
             f"response {responses[i][:80]!r}"
         )
     values[abstained] = math.nan
@@ -136,17 +136,3 @@ def _numbers(found: Any, may_abstain: bool) -> tuple[Tensor, list[int]]:
     if abstained:
         found = [0.0 if value is None else value for value in found]
     return torch.as_tensor(found, dtype=torch.float32).detach().cpu().clone(), abstained
-
-
-def _culprit(judge: Judge, may_abstain: bool, responses: Sequence[str], records: Sequence[Record]) -> str:
-    """Which record a reward fails on, found by scoring them one by one."""
-    for response, record in zip(responses, records, strict=True):
-        try:
-            _numbers(judge([response], [record]), may_abstain)
-        except Exception:
-            return f"{_label(record)}, response {response[:80]!r}"
-    return f"one of {len(records)} records, none of which fails alone" if records else "an empty batch"
-
-
-def _label(record: Record) -> str:
-    return record.source if record.key is None else f"{record.source} (key {record.key})"

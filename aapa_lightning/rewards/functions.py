@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aapa_lightning.errors import ConfigError, DataError
+from aapa_lightning.errors import ConfigError, DataError, in_one_line
 from aapa_lightning.rewards.base import Reward
 from aapa_lightning.thinking import ScoreThinking
 from aapa_lightning.types import Record
@@ -31,8 +31,8 @@ def import_function(target: str) -> Callable[..., Any]:
     try:
         module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         function = getattr(module, name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError(f"cannot import {target!r} ({error}); {expected}, with the package on PYTHONPATH") from error
+    except Exception as error:  # also what the file's own lines raise
+        raise ConfigError(f"cannot import {target!r} ({in_one_line(error)}); {expected}, with the package on PYTHONPATH") from error
     if not callable(function):
         raise ConfigError(f"{target!r} is not a function but {type(function).__name__}")
     return function
