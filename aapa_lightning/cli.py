@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aapa_lightning import console
 from aapa_lightning.errors import AapaError
 
 
@@ -53,6 +53,8 @@ COMMANDS = {
     "doctor": Command("doctor", "show versions, devices and kernels, and run a self-test", "aapa doctor --json"),
 }
 TRAINER_COMMANDS = tuple(name for name, command in COMMANDS.items() if command.module == "train")
+#: Commands that make files; what they print is said beside the work, which does not end because nobody can read it.
+MAKERS = (*TRAINER_COMMANDS, "recipe", "ray", "bank", "score", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,23 +67,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    makes = bool(arguments) and arguments[0] in MAKERS and not {"-h", "--help"} & set(arguments)
+    with console.guarded(output_matters=not makes):
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()
+        code = _finish(arguments)
+        console.flush()
         return code
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        console.silence(sys.stdout)
+        return 141
+    except console.NoOutputError as error:
+        console.fail(error)
+        return 1
+
+
+def _finish(arguments: list[str]) -> int:
+    """The exit code, however the command ends."""
+    try:
+        return _dispatch(arguments)
     except SystemExit as end:
         return _exit_code(end)
     except KeyboardInterrupt:
-        print("aapa: interrupted", file=sys.stderr)
+        console.say("aapa: interrupted", error=True)
         return 130
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except (BrokenPipeError, console.NoOutputError):
+        raise
     except Exception as error:
         if is_users_error(error):
-            print(f"aapa: error: {error}", file=sys.stderr)
+            console.fail(error)
             return 2
-        traceback.print_exc()
+        console.say(traceback.format_exc(), error=True, end="")
         return 1
 
 
@@ -89,26 +108,26 @@ def _exit_code(end: SystemExit) -> int:
     """Of an exit by argparse, which has printed help or what is wrong, or by Lightning: 1 after Ctrl-C, no code after SIGTERM."""
     exceptions = sys.modules.get("lightning.pytorch.utilities.exceptions")
     if exceptions is not None and isinstance(end, exceptions.SIGTERMException):
-        print("aapa: terminated", file=sys.stderr)
+        console.say("aapa: terminated", error=True)
         return 143
     if isinstance(end.__context__, KeyboardInterrupt):
-        print("aapa: interrupted", file=sys.stderr)
+        console.say("aapa: interrupted", error=True)
         return 130
     return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(), end="")
+        console.say(_help(), end="")
         return 0 if arguments else 2
     name = arguments[0]
     if name == "--version":
         from importlib.metadata import version
 
-        print(version("aapa-lightning"))
+        console.say(version("aapa-lightning"))
         return 0
     if name not in COMMANDS:
-        print(f"aapa: error: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        console.fail(f"no command {name!r}; expected one of {', '.join(COMMANDS)}")
         return 2
     command = COMMANDS[name]
     module = importlib.import_module(f"aapa_lightning.commands.{command.module}")

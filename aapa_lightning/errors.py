@@ -17,8 +17,25 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+#: Characters of a message.
+LONGEST_MESSAGE = 2000
+#: Of those, how many come from its end, which says how to mend it.
+_LAST = 500
+
+
+def in_bounds(text: str) -> str:
+    """A message that can be read: a longer one loses its middle, which is a value of the user's."""
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    first = LONGEST_MESSAGE - _LAST
+    return f"{text[:first]} [{len(text) - LONGEST_MESSAGE} characters left out] {text[-_LAST:]}"
+
+
 class AapaError(Exception):
-    """Base of every error caused by the user's input."""
+    """Base of every error caused by the user's input. Its message is cut to ``LONGEST_MESSAGE`` characters, whatever it repeats."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(in_bounds(str(message)))
 
 
 class DataError(AapaError):

@@ -233,7 +233,9 @@ def test_numbers_that_do_not_go_together(words, parts, refused):
 
 
 def test_an_unknown_key(refused, tmp_path):
-    refused(["grpo", "--model.group_sise=8"], "group_sise", "--help lists the options")
+    refused(
+        ["grpo", "--model.group_sise=8"], "group_sise", "did you mean group_size?", "aapa fit --model.help GRPOModule lists the options"
+    )
     (tmp_path / "more.yaml").write_text("model: {init_args: {group_sise: 8}}\n")
     refused(["grpo", "--config={tmp}/more.yaml"], "group_sise")
     (tmp_path / "more.yaml").write_text("trainer: [\n")

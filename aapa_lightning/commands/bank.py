@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aapa_lightning.commands.columns import add_column_option, parse_columns
 from aapa_lightning.commands.devices import add_device_options, on_devices, pick_devices
 from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
+from aapa_lightning.console import say
 
 if TYPE_CHECKING:
     from aapa_lightning.anchor.bank import ExpertBank
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with on_devices(partial(_writer, args, shard) if len(devices) > 1 else lambda _: writer, devices) as spread:
         build_parts(writer, shard, resume=args.resume, spread=spread)
     if args.shard:
-        print(f"shard {shard[0]} of {shard[1]} is built; when all are: aapa bank join --out {args.out} --shards {shard[1]}")
+        say(f"shard {shard[0]} of {shard[1]} is built; when all are: aapa bank join --out {args.out} --shards {shard[1]}")
         return 0
     return _report(ExpertBank.join(args.out, 1), args.out)
 
@@ -90,9 +91,9 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _report(bank: ExpertBank, out: str) -> int:
-    print(f"{len(bank)} records, written to {out}")
+    say(f"{len(bank)} records, written to {out}")
     if not bank.cross_fitted:
-        print(
+        say(
             "note: the discriminator may have been trained on these very experts, which then look better than they are; train with folds: 2"
         )
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aapa_lightning.commands import pairs, partition
 from aapa_lightning.commands.columns import add_column_option, parse_columns
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _synthetic(args: argparse.Namespace) -> int:
     from aapa_lightning.data.synthetic import write_world
 
     folder = write_world(args.out, train=args.train, val=args.val, test=args.test, seed=args.seed, vocab_size=args.vocab_size)
-    print(f"written to {folder}")
+    say(f"written to {folder}")
     return 0
 
 
@@ -73,7 +74,7 @@ def _tokenizer(args: argparse.Namespace) -> int:
     tokenizer = train_tokenizer(texts, args.vocab_size)
     with whole_folder(args.out) as folder:
         tokenizer.save_pretrained(folder)
-    print(f"{len(tokenizer)} tokens, written to {args.out}")
+    say(f"{len(tokenizer)} tokens, written to {args.out}")
     return 0
 
 
@@ -96,7 +97,7 @@ def _check(args: argparse.Namespace) -> int:
         eos_token_ids=_ends(args.tokenizer, tokenizer) if tokenizer is not None else (),
         limit=args.errors,
     )
-    print(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
+    say(json.dumps(report.to_dict()) if args.json else "\n".join(report.lines()))
     return 0 if report.ok else 2
 
 

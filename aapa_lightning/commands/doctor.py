@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from aapa_lightning.console import say
+
 PACKAGES = ("aapa-lightning", "torch", "lightning", "transformers", "jsonargparse", "datasets", "torchmetrics", "triton")
 #: Optional packages, what each is for, and the extra that brings it.
 OPTIONAL = {
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 when the self-test fails."""
     report = examine()
-    print(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
+    say(json.dumps(report, indent=2) if args.json else "\n".join(_lines(report)))
     return 0 if all(result == "ok" for result in report["self_test"].values()) else 1
 
 

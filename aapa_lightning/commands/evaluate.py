@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
+from aapa_lightning.console import say
 
 if TYPE_CHECKING:
     from aapa_lightning.commands.joined import Answer
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         with writing(args.out):
             write_jsonl(args.out, (row for _, row in rows))
-    print(json.dumps(report) if args.json else "\n".join(_lines(report, args.out)))
+    say(json.dumps(report) if args.json else "\n".join(_lines(report, args.out)))
     return 0
 
 

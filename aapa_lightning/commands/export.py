@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError
 
 
@@ -31,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     run_folder = given.is_dir() and not is_checkpoint_folder(given)
     checkpoint = last_checkpoint(given) if run_folder else given
     export_policy(checkpoint, out, tokenizer=args.tokenizer, base=args.base, adapter=args.adapter)
-    print(f"written to {out}")
+    say(f"written to {out}")
     return 0

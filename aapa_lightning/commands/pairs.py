@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aapa_lightning.commands.columns import add_column_option, parse_columns
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -225,5 +226,5 @@ def _spelled(report: Mapping[str, int]) -> str:
 
 def _say(args: argparse.Namespace, report: Mapping[str, int]) -> int:
     lines = [f"{_SPELLED[name]}: {count}" for name, count in report.items()]
-    print(json.dumps(report) if args.json else "\n".join([*lines, f"written to {args.out}"]))
+    say(json.dumps(report) if args.json else "\n".join([*lines, f"written to {args.out}"]))
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aapa_lightning.commands.columns import add_column_option, parse_columns
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError
 
 
@@ -50,7 +51,7 @@ def run_split(args: argparse.Namespace) -> int:
             write_rows(files[name], ((record.source, record_row(record)) for record in part))
         report[name] = {"file": files[name], "records": len(part), "prompts": len({prompt_hash(record.prompt) for record in part})}
     lines = [f"{cell['records']} records with {cell['prompts']} prompts, written to {cell['file']}" for cell in report.values()]
-    print(json.dumps(report) if args.json else "\n".join(lines))
+    say(json.dumps(report) if args.json else "\n".join(lines))
     return 0
 
 
@@ -61,7 +62,7 @@ def run_disjoint(args: argparse.Namespace) -> int:
 
     first, second = (read_records(path) for path in args.paths)
     require_disjoint(first, second)
-    print(f"no prompt in common: {args.paths[0]} ({len(first)} records), {args.paths[1]} ({len(second)} records)")
+    say(f"no prompt in common: {args.paths[0]} ({len(first)} records), {args.paths[1]} ({len(second)} records)")
     return 0
 
 

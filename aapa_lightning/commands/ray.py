@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from aapa_lightning.cli import TRAINER_COMMANDS, is_users_error
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError, MissingDependencyError, in_one_line
 
 
@@ -143,5 +143,5 @@ def _report(failures: dict[int, Exception], message: str, words: list[str]) -> i
         if is_users_error(cause):
             raise cause from None
     again = "; the same command with --resume continues from the last checkpoint" if words[0] == "fit" else ""
-    print(f"aapa: error: {message}\naapa: workers {', '.join(map(str, sorted(failures)))} failed{again}", file=sys.stderr)
+    say(f"aapa: error: {message}\naapa: workers {', '.join(map(str, sorted(failures)))} failed{again}", error=True)
     return 1

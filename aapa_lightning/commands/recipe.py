@@ -7,6 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
+from aapa_lightning.console import say
 from aapa_lightning.files import write_json, write_text
 from aapa_lightning.recipe.plan import load_recipe
 from aapa_lightning.recipe.runner import Progress, command_line, run_recipe, select
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     summary = None if recipe.summary is None else plan_summary(recipe)
     if args.dry_run:
         for stage in select(recipe, args.start, args.only):
-            print(shlex.join([*(f"{key}={value}" for key, value in stage.env.items()), *command_line(stage)]))
+            say(shlex.join([*(f"{key}={value}" for key, value in stage.env.items()), *command_line(stage)]))
         return 0
     code = run_recipe(recipe, start=args.start, only=args.only, force=args.force)
     if code == 0 and summary is not None and args.only is None:
@@ -45,4 +46,4 @@ def _show(run_dir: str, summary: Summary) -> None:
     folder = Path(run_dir)
     write_json(folder / "summary.json", table)
     write_text(folder / "summary.md", text_table(table))
-    print(f"\n{text_table(table)}\nwritten to {os.path.join(run_dir, 'summary.json')}")
+    say(f"\n{text_table(table)}\nwritten to {os.path.join(run_dir, 'summary.json')}")

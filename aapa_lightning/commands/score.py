@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aapa_lightning.commands.devices import add_device_options
 from aapa_lightning.commands.thinking import add_thinking_options, parse_thinking
+from aapa_lightning.console import say
 from aapa_lightning.errors import ConfigError
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if discriminator.needs_experts:
         require_experts(answered, "the discriminator compares every response with an expert's (--experts FILE)")
         if found.alone:
-            print(f"note: {found.alone} responses are the only expert response to their prompts and their own reference", file=sys.stderr)
+            say(f"note: {found.alone} responses are the only expert response to their prompts and their own reference", error=True)
     meta = {
         "discriminator": discriminator.fingerprint(),
         "responses": found.digest,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             if journal.rows != found.rows:
                 raise ConfigError(f"{args.responses} has changed while it was read; run again")
             journal.finish(schema())
-    print(f"{found.rows} responses to {len(found.positions)} prompts, written to {args.out}")
+    say(f"{found.rows} responses to {len(found.positions)} prompts, written to {args.out}")
     return 0
 
 

@@ -16,12 +16,15 @@ import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
+from aapa_lightning.callbacks.checkpoints import place_checkpoints
+from aapa_lightning.callbacks.progress import RunProgressBar
 from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, RunFolder
 from aapa_lightning.callbacks.samples import SampleWriter
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
@@ -29,6 +32,8 @@ from aapa_lightning.cli import TRAINER_COMMANDS
 from aapa_lightning.commands import resume
 from aapa_lightning.commands.config_files import names_data_class
 from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs, tell_numbers_apart
+from aapa_lightning.console import say
+from aapa_lightning.documents import load_yaml
 from aapa_lightning.errors import ConfigError, users_cause
 from aapa_lightning.export import export_policy
 from aapa_lightning.files import write_json
@@ -108,9 +113,8 @@ class AapaCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run_dir", type=str | None, default=None, help="Folder of the run (default: runs/MODULE, runs/aapa-MODULE if anchored)."
-        )
+        default = "runs/MODULE or runs/OBJECTIVE, with aapa- before it if anchored"
+        parser.add_argument("--run_dir", type=str | None, default=None, help=f"Folder of the run (default: {default}).")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         if not names_data_class(self._arguments):
             parser.set_defaults({"data": DEFAULT_DATA})
@@ -127,7 +131,10 @@ class AapaCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a configuration file that another one names is not UTF-8: {error}; save it as UTF-8") from error
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -148,10 +155,12 @@ class AapaCLI(LightningCLI):
         if self.subcommand and self.checkpoint is not None:
             self._read(self.checkpoint)
         if self.subcommand not in (None, "fit") and not _get_rank():
-            print(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
+            say(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
 
     def _default_run_dir(self) -> str:
-        name = self._get(self.config, "model").class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
+        model = self._get(self.config, "model")
+        kind = model.class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
+        name = (model.get("init_args") or {}).get("objective") or kind  # objectives of one module are different runs
         callbacks = as_list(self._get(self.config, "trainer").callbacks)
         anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in callbacks)
         return f"runs/{'aapa-' if anchored else ''}{name}"
@@ -170,7 +179,7 @@ class AapaCLI(LightningCLI):
             if self.checkpoint is None:
                 check_beginning(self.run_dir)
                 if not _get_rank():
-                    print(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the beginning")
+                    say(f"--resume: {self.run_dir} holds no checkpoint yet; starting from the beginning")
             MetricsCSV(self.run_dir).check()
         elif first_process() and not self._dry and holds_run(self.run_dir):
             raise ConfigError(
@@ -184,7 +193,7 @@ class AapaCLI(LightningCLI):
         self._step = int(saved["global_step"])
         changed = resume.compare(saved.get(KEPT), self._resolved()) if training else []
         if changed and not _get_rank():
-            print(f"resume: changed since the checkpoint, and counts from step {self._step} on: {', '.join(changed)}")
+            say(f"resume: changed since the checkpoint, and counts from step {self._step} on: {', '.join(changed)}")
 
     @property
     def _dry(self) -> bool:
@@ -202,6 +211,7 @@ class AapaCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer"), **kwargs}
         config["default_root_dir"] = str(self.run_dir)
         config["logger"] = self._loggers(config["logger"])
+        place_checkpoints(as_list(config["callbacks"]), last_checkpoint(self.run_dir).parent)
         config["plugins"] = plugins = as_list(config["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
@@ -235,6 +245,9 @@ class AapaCLI(LightningCLI):
             ours.append(RunFolder(self.run_dir, self._resolved()))
             if not any(isinstance(callback, SampleWriter) for callback in as_list(config["callbacks"])):
                 ours.append(SampleWriter())
+        bars = [callback for callback in as_list(config["callbacks"]) if isinstance(callback, ProgressBar)]
+        if RequirementCache("rich") and config["enable_progress_bar"] is not False and not bars:
+            ours.append(RunProgressBar())
         return ours if self._dry or config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
 
     def _response_file(self) -> Path:
@@ -246,7 +259,7 @@ class AapaCLI(LightningCLI):
     def _resolved(self) -> str:
         """The configuration as text that every trainer command accepts as ``--config``."""
         dump = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_link_targets=False, format="yaml")
-        config = {key: value for key, value in yaml.safe_load(dump).items() if key not in CALL_KEYS}
+        config = {key: value for key, value in load_yaml(dump).items() if key not in CALL_KEYS}
         return yaml.safe_dump(config | {"run_dir": str(self.run_dir)}, sort_keys=False)
 
     @override
