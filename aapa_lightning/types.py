@@ -12,6 +12,7 @@ from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 class Message(TypedDict):
@@ -79,6 +80,18 @@ class Record:
     source: str = "<memory>"
     row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def to(self, *args: Any, **kwargs: Any) -> Record:
+        """Itself: texts lie on no device. Lightning asks this of what a loader gives, and would else try to change it."""
+        return self
+
+
+def _as_list(batch: Sequence[Record], *, collate_fn_map: Any = None) -> list[Record]:
+    return list(batch)
+
+
+# A plain DataLoader gives batches of records as lists.
+default_collate_fn_map[Record] = _as_list
+
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
@@ -93,6 +106,10 @@ class Demonstration:
     input_ids: list[int]
     response_mask: list[bool]
     record: Record
+
+    def to(self, *args: Any, **kwargs: Any) -> Demonstration:
+        """Itself; see ``Record.to``."""
+        return self
 
 
 @dataclass(slots=True)

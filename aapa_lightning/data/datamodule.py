@@ -10,6 +10,7 @@ import lightning as L
 from aapa_lightning.data.inputs import Source, as_records
 from aapa_lightning.data.records import require_experts, split_records
 from aapa_lightning.errors import ConfigError, Limit, check_numbers, refuse_idle
+from aapa_lightning.hyperparameters import plain, remember
 from aapa_lightning.types import Record
 
 
@@ -58,6 +59,9 @@ class AapaDataModule(L.LightningDataModule):
         self._val_fraction = val_fraction
         self._seed = seed
         self._splits: dict[str, Sequence[Record]] = {}
+        named = {name: str(source) if isinstance(source, str | Path) else "records" for name, source in self._sources.items() if source}
+        settings = {"columns": columns, "missing_experts": missing_experts, "val_fraction": val_fraction, "seed": seed}
+        remember(self, plain({"data": {**named, "experts": experts, **settings}}))
 
     def setup(self, stage: str | None = None) -> None:
         """Read and validate every split that is named."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from aapa_lightning.data.encode import NamedText, expert_responses
 from aapa_lightning.data.responses import response_row
+from aapa_lightning.errors import ConfigError
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.thinking import Thinking
 from aapa_lightning.types import Record, Rollouts
@@ -21,6 +22,37 @@ class EvalStep:
     def __init__(self, indices: Sequence[int], records: Sequence[Record]) -> None:
         self.indices = indices
         self.records = records
+
+
+class PlainBatches:
+    """Makes steps of what a loader of the user's own gives: batches of records, numbered through the split over all ranks."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def step(self, batch: object, number: int, *, rank: int = 0, world_size: int = 1) -> EvalStep:
+        """The step of a batch.
+
+        Args:
+            batch: a step of ``EvalLoader``, which stays as it is, or a list of records.
+            number: of the batch in its loader, from 0.
+            rank: this process.
+            world_size: number of processes.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        if isinstance(batch, EvalStep):
+            return batch
+        records = [batch] if isinstance(batch, Record) else batch
+        if not isinstance(records, list | tuple) or not all(isinstance(record, Record) for record in records):
+            raise ConfigError(
+                f"expected a loader of batches of Records, found {type(batch).__name__}; use AapaDataModule, or "
+                "DataLoader(read_records(path), batch_size=...)"
+            )
+        first = self._seen = 0 if number == 0 else self._seen
+        self._seen += len(records)
+        return EvalStep([(first + i) * world_size + rank for i in range(len(records))], list(records))
 
 
 class EvalLoader:

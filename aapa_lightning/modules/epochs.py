@@ -7,17 +7,17 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
 from aapa_lightning.errors import ConfigError
+from aapa_lightning.hyperparameters import RemembersArguments
 from aapa_lightning.modules.checkpointing import rewind_progress
 from aapa_lightning.modules.optimizing import OptimizerResume
 from aapa_lightning.seeds import seed_everything
 
 
-class ResumableEpochs(LightningModule):
+class ResumableEpochs(RemembersArguments):
     """What training over ``ShuffledBatches`` needs beside weights and optimiser: noise by seed and step, the loss of an open epoch.
 
     A subclass calls ``seed_step`` before and ``add_loss`` after every forward in training. ``train/loss`` is logged at the last step of an

@@ -26,13 +26,15 @@ from aapa_lightning.data.encode import (
 from aapa_lightning.data.prompt_format import PromptFormat
 from aapa_lightning.data.records import take
 from aapa_lightning.errors import check_numbers, refuse_idle
+from aapa_lightning.hyperparameters import RemembersArguments
 from aapa_lightning.loop.demonstrations import demonstration_logprobs
-from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, is_pair, judged_responses, predicted_rows
+from aapa_lightning.loop.evaluate import EvalLoader, EvalStep, PlainBatches, is_pair, judged_responses, predicted_rows
 from aapa_lightning.loop.preferences import preferred_texts
 from aapa_lightning.modules.evaluation import Evaluator
 from aapa_lightning.modules.limits import INFERENCE
 from aapa_lightning.modules.parallel import load_placed, sum_over_ranks
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
+from aapa_lightning.modules.release import release_on_exception
 from aapa_lightning.policy import PolicySpec, eos_token_ids
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
@@ -44,18 +46,13 @@ from aapa_lightning.seeds import derive_seed
 from aapa_lightning.sharding import gathered_parameters, shard_units
 from aapa_lightning.thinking import ScoreThinking, as_thinking
 from aapa_lightning.types import Demonstration, Record, Rollouts
+from aapa_lightning.users_code import users_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class _ReleaseOnException(L.Callback):
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, InferenceModule):
-            pl_module.release()
-
-
-class InferenceModule(L.LightningModule):
+class InferenceModule(RemembersArguments):
     """Validates, tests and predicts with a policy. Loads it lazily, in ``configure_model``.
 
     Args:
@@ -128,6 +125,7 @@ class InferenceModule(L.LightningModule):
         self._evaluator: Evaluator | None = None
         self._with_experts = False
         self._with_pairs = False
+        self._plain = PlainBatches()
 
     def configure_model(self) -> None:
         """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
@@ -168,8 +166,8 @@ class InferenceModule(L.LightningModule):
         self.release()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """One that does so after an exception too, when Lightning leaves ``teardown`` out."""
-        return [_ReleaseOnException()]
+        """One that does so after an exception too, when Lightning leaves ``teardown`` out; none where the trainer has it already."""
+        return release_on_exception(self.trainer)
 
     def release(self) -> None:
         """Let the engine free what it holds; it may be used again."""
@@ -212,7 +210,15 @@ class InferenceModule(L.LightningModule):
         if not requests:
             return None
         seed = derive_seed(purpose, self.seed, str(temperature))
-        return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
+        with users_code(f"engine {type(self.engine).__name__}", owner=self.engine):
+            return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
+
+    def _step(self, batch: object, number: int) -> EvalStep:
+        step = self._plain.step(batch, number, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        if step is not batch:
+            self._with_experts = self._with_experts or any(record.experts for record in step.records)
+            self._with_pairs = self._with_pairs or any(is_pair(record) for record in step.records)
+        return step
 
     def sync_engine(self) -> None:
         """Give the engine the policy's weights. Raises ConfigError where they do not arrive. All ranks call it together."""
@@ -264,9 +270,9 @@ class InferenceModule(L.LightningModule):
         self._weights_may_change()
 
     def validation_step(self, batch: EvalStep, batch_idx: int) -> None:
-        """Evaluate a batch of the validation split."""
+        """Evaluate a batch of the validation split: a step of ``eval_loader``, or a list of records."""
         with gathered_parameters(self.model):  # ranks whose split has run out have nothing to call the model for
-            self._evaluate(batch)
+            self._evaluate(self._step(batch, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...``, and let the engine take the policy's weights again."""
@@ -276,7 +282,7 @@ class InferenceModule(L.LightningModule):
     def test_step(self, batch: EvalStep, batch_idx: int) -> None:
         """Evaluate a batch of the test split."""
         with gathered_parameters(self.model):
-            self._evaluate(batch)
+            self._evaluate(self._step(batch, batch_idx))
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/...``."""
@@ -285,7 +291,7 @@ class InferenceModule(L.LightningModule):
     def predict_step(self, batch: EvalStep, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of a response file: every temperature, every sample."""
         with gathered_parameters(self.model):
-            return self._predicted_rows(batch)
+            return self._predicted_rows(self._step(batch, batch_idx))
 
     def _predicted_rows(self, batch: EvalStep) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

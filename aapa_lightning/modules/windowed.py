@@ -7,13 +7,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from aapa_lightning.errors import ConfigError, check_numbers
+from aapa_lightning.hyperparameters import RemembersArguments
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
 from aapa_lightning.loop.plan import WindowPlan
 from aapa_lightning.loop.stream import RecordStream
@@ -35,6 +35,7 @@ from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_no
 from aapa_lightning.modules.term_norms import TermNorms
 from aapa_lightning.seeds import seed_everything
 from aapa_lightning.types import Record
+from aapa_lightning.users_code import users_code
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -62,7 +63,7 @@ class OpenWindow(Protocol):
         ...
 
 
-class WindowedModule(L.LightningModule):
+class WindowedModule(RemembersArguments):
     """Trains over windows. A subclass says what a window holds (``make_plan``, ``open``) and what its loss is (``loss_terms``).
 
     Args:
@@ -130,11 +131,10 @@ class WindowedModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The factory's optimiser over the trainable parameters, and the scheduler per step."""
-        try:
+        with users_code("model: optimizer"):
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        with users_code("model: lr_scheduler"):
             scheduler = self._optimizer.made(optimizer, self.lr_scheduler)
-        except ValueError as error:  # their way to refuse an argument
-            raise ConfigError(f"model: optimizer or lr_scheduler: {error}") from error
         check_optimizer_numbers(optimizer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -285,7 +285,7 @@ class WindowedModule(L.LightningModule):
         """Keep what the next training step needs."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("aapa", {})
-        if "plan" in state:
+        if "plan" in state and self._trainer is not None:  # load_from_checkpoint wants weights, and has no trainer
             check_optimizer(checkpoint, self.trainer)
             rescale_progress(checkpoint, state["plan"]["accumulate"], self.trainer.accumulate_grad_batches)
             self._optimizer.loaded(checkpoint, state.get("optimizer"))
