@@ -171,7 +171,7 @@ def test_a_debug_config_runs_a_step(file, header_commands, debug_runs, monkeypat
         with open(f"{run}/metrics.csv", newline="") as table:
             (row,) = csv.DictReader(table)
         assert row["train/skipped_steps"] == "0.0"
-        assert ("train/loss/anchor" in row) == ("anchor" in file)
+        assert ("train/losses/anchor" in row) == ("anchor" in file)
         assert Path(run, "export", "model.safetensors").exists()
         sampled = "anchor" in file or not any(name in file for name in ("preference", "reward_model"))  # pairs alone draw no responses
         assert Path(run, "samples.parquet").is_dir() == sampled

@@ -185,7 +185,7 @@ def logged(run: Path, stage: str) -> set[str]:
     with open(run / "metrics.csv", newline="") as file:
         columns = next(csv.reader(file))
     names = {column.removeprefix(f"{stage}/") for column in columns if column.startswith(f"{stage}/")}
-    return {re.sub(r"^true_success$|(?<=^reward/)constraints$", "NAME", name) for name in names}
+    return {re.sub(r"^true_success$|(?<=^rewards/)constraints$", "NAME", name) for name in names}
 
 
 def glossary(stage: str) -> set[str]:

@@ -40,4 +40,4 @@ def test_the_example_trains_an_anchored_policy(tiny_model_dir, discriminator, tm
     exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own page
     assert names["trainer"].global_step == 2
     assert "train/anchor/score" in names["trainer"].callback_metrics
-    assert "train/loss/anchor" in names["trainer"].callback_metrics
+    assert "train/losses/anchor" in names["trainer"].callback_metrics

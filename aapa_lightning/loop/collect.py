@@ -156,7 +156,7 @@ def _rewards(rollouts: Rollouts, rewards: RewardSet | None) -> tuple[Tensor, Ten
         return torch.zeros(len(rollouts), 1, device=device), torch.ones(1, device=device), {}
     columns = rewards.score(rollouts.texts, rollouts.records, rollouts.prompt_ends).to(device)
     weights = torch.as_tensor(rewards.weights, dtype=torch.float32, device=device)
-    metrics = {f"reward/{name}": _scored_mean(columns[:, i]) for i, name in enumerate(rewards.names)}
+    metrics = {f"rewards/{name}": _scored_mean(columns[:, i]) for i, name in enumerate(rewards.names)}
     return columns, weights, metrics | {"reward": _scored_mean(rewards.total(columns))}
 
 

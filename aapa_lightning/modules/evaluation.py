@@ -19,7 +19,7 @@ from aapa_lightning.types import Rollouts
 class Evaluator:
     """Accumulates the figures of one pass over a split.
 
-    Figures: ``reward`` (weighted total) and ``reward/<name>``; every judge under its own name; ``response_length`` (tokens),
+    Figures: ``reward`` (weighted total) and ``rewards/<name>``; every judge under its own name; ``response_length`` (tokens),
     ``truncated`` (share); ``expert_logprob`` (nats per token of the expert responses); ``length_distance`` (tokens, Wasserstein-1 between
     response lengths and expert lengths). Of preference pairs: ``pair_accuracy`` (share in which the policy gives the chosen response more
     per token), ``chosen_logprob`` and ``rejected_logprob`` (nats per token, means over responses).
@@ -37,7 +37,7 @@ class Evaluator:
         self._rewards = rewards
         self._judges = RewardSet(list(judges), score_thinking=score_thinking) if judges else None
         names = ["response_length", "truncated"]
-        names += ["reward", *(f"reward/{name}" for name in rewards.names)] if rewards else []
+        names += ["reward", *(f"rewards/{name}" for name in rewards.names)] if rewards else []
         names += self._judges.names if self._judges else []
         self._responses = {name: MeanMetric().to(device) for name in names}
         self._expert_logprob = ExpertLogProb().to(device)
@@ -54,7 +54,7 @@ class Evaluator:
             columns = self._rewards.score(rollouts.texts, rollouts.records, rollouts.prompt_ends)
             self._mean("reward", self._rewards.total(columns))
             for name, column in zip(self._rewards.names, columns.unbind(1), strict=True):
-                self._mean(f"reward/{name}", column)
+                self._mean(f"rewards/{name}", column)
         if self._judges:
             columns = self._judges.score(rollouts.texts, rollouts.records, rollouts.prompt_ends)
             for name, column in zip(self._judges.names, columns.unbind(1), strict=True):

@@ -36,7 +36,7 @@ class StepMeter:
         """Add one micro-step: reduced losses carry the number of micro-steps x ranks, so the step's loss is their mean."""
         self.add("loss", loss.detach(), 1.0)
         for term in terms:
-            self.add(f"loss/{term.name}", values[term.name], 1.0)
+            self.add(f"losses/{term.name}", values[term.name], 1.0)
             tokens = term.mask.sum()
             for name, value in term.outputs.metrics.items():
                 self.add(f"{term.name}/{name}", masked_sum(value, term.mask), tokens)

@@ -42,7 +42,7 @@ class TermNorms:
             self._gradients[term.name] = self._gradients.get(term.name, 0.0) + gradient
 
     def compute(self, sum_over_ranks: SumOverRanks) -> dict[str, float]:
-        """``grad_norm/NAME`` of every term, weight included, over micro-steps and ranks; empties itself. All ranks call it together."""
+        """``grad_norms/NAME`` of every term, weight included, over micro-steps and ranks; empties itself. All ranks call it together."""
         if not self._gradients:
             return {}
         ranks = int(sum_over_ranks(torch.ones(())))
@@ -50,9 +50,9 @@ class TermNorms:
         for name, gradient in sorted(self._gradients.items()):
             if self._sharded:  # averages over ranks already
                 parts = (gradient / self._micro_steps).split([local(p).numel() for p in self._sharded])
-                found[f"grad_norm/{name}"] = math.sqrt(sum_over_shards(self._sharded, [part.norm().square()[None] for part in parts])[0])
+                found[f"grad_norms/{name}"] = math.sqrt(sum_over_shards(self._sharded, [part.norm().square()[None] for part in parts])[0])
             else:
-                found[f"grad_norm/{name}"] = float((sum_over_ranks(gradient) / (self._micro_steps * ranks)).norm())
+                found[f"grad_norms/{name}"] = float((sum_over_ranks(gradient) / (self._micro_steps * ranks)).norm())
         self._gradients, self._micro_steps, self._sharded = {}, 0, []
         return found
 

@@ -81,8 +81,8 @@ def test_rewards_become_advantages_of_their_group(rollouts) -> None:
     grouped = run(rollouts).advantages  # (2, 4): mean 3, deviation sqrt 2; (1, 5): mean 3, deviation sqrt 8
     assert grouped.tolist() == pytest.approx([-1 / (2**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), -2 / (8**0.5 + 1e-4), 2 / (8**0.5 + 1e-4)])
     metrics = experience.metrics
-    assert metrics["reward/length"] == 3.0
-    assert metrics["reward/even"] == 0.5
+    assert metrics["rewards/length"] == 3.0
+    assert metrics["rewards/even"] == 0.5
     assert metrics["reward"] == pytest.approx(8.0)
     assert metrics["response_length"] == 3.0
     assert metrics["truncated"] == 0.25
@@ -271,4 +271,4 @@ def test_what_no_reward_could_score_gets_no_advantage_whatever_the_anchor_joins(
     assert experience.advantages[:2].tolist() == [0.0, 0.0]
     assert experience.advantages[2:].abs().min() > 0
     assert all(torch.tensor(value).isfinite() for value in experience.metrics.values()), experience.metrics
-    assert experience.metrics["reward/abstains"] == experience.metrics["guard/task_reward"] == pytest.approx(3.0)
+    assert experience.metrics["rewards/abstains"] == experience.metrics["guard/task_reward"] == pytest.approx(3.0)

@@ -113,7 +113,7 @@ def run(job: dict, rank: int, world_size: int) -> None:
             "seen": module.rewards.rewards[0].seen if module.rewards else [],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "rows": [row for _, row in rows.rows],
-            "norms": [row for _, row in rows.rows if "train/grad_norm/sft" in row],
+            "norms": [row for _, row in rows.rows if "train/grad_norms/sft" in row],
             "judge": callbacks[0].discriminator.fingerprint() if "anchor" in job else "",
         }
     if "export" in job:

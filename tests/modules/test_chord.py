@@ -10,7 +10,7 @@ def test_the_mixture_follows_the_schedule(kit, spec):
     kit.fit(module, kit.make_trainer(5, accumulate=2, callbacks=[kit.make_anchor(0.5)], logger=rows))
     for mu, (_, row) in zip((0.0, 0.4, 0.8, 0.5, 0.2), rows.rows, strict=True):
         assert row["train/mu"] == pytest.approx(mu)
-        policy, imitation, anchor = (row[f"train/loss/{name}"] for name in ("policy", "sft", "anchor"))
+        policy, imitation, anchor = (row[f"train/losses/{name}"] for name in ("policy", "sft", "anchor"))
         assert row["train/loss"] == pytest.approx((1 - mu) * policy + mu * imitation + 0.5 * anchor, rel=1e-5)
         assert (imitation > 0) is (mu > 0)
         assert (row["train/sft/nll"] > 0) is (mu > 0)

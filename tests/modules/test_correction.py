@@ -44,7 +44,7 @@ def test_a_mismatch_is_weighted_and_masked(kit, spec, same, differ):
     masked, rows = run(kit, spec, "grpo", CorrectionOptions("mask", high=1.5), False, engine=Doubled)
     same(start, masked)
     for row in rows:
-        assert (row["train/policy/engine_weight"], row["train/policy/engine_outside"], row["train/loss/policy"]) == (0.0, 1.0, 0.0)
+        assert (row["train/policy/engine_weight"], row["train/policy/engine_outside"], row["train/losses/policy"]) == (0.0, 1.0, 0.0)
         assert row["train/policy/engine_kl"] == pytest.approx(2 - 1 - log(2), rel=1e-4)
     doubled, rows = run(kit, spec, "grpo", CorrectionOptions("truncate", high=3.0), False, engine=Doubled)
     assert differ(start, doubled)

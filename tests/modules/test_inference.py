@@ -102,7 +102,7 @@ def expected_figures(module: InferenceModule, records: list[Record], samples: in
             expert_lengths.append(int(learned.sum()))
     return {
         "reward": 0.5 * sum(lengths) / len(lengths),
-        "reward/length": sum(lengths) / len(lengths),
+        "rewards/length": sum(lengths) / len(lengths),
         "judged": sum(len(str(record.prompt)) for record in records) / len(records),
         "response_length": drawn.lengths.float().mean().item(),
         "truncated": drawn.truncated.float().mean().item(),

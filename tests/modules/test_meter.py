@@ -30,7 +30,7 @@ def test_a_step_has_one_value_however_it_is_cut(aggregation: str) -> None:
         found.append(meter.compute(identity_sum, CPU))
     losses = LOSSES[MASK].sum() / 6 if aggregation == "dapo" else torch.tensor((0.5 + 3.0 + 7.0) / 3)
     for metrics in found:
-        assert metrics["loss/policy"] == pytest.approx(losses.item(), rel=1e-6)
+        assert metrics["losses/policy"] == pytest.approx(losses.item(), rel=1e-6)
         assert metrics["loss"] == pytest.approx(losses.item() / 2, rel=1e-6)
         assert metrics["policy/half"] == pytest.approx((LOSSES[MASK] / 2).mean().item(), rel=1e-6)
 
@@ -45,7 +45,7 @@ def test_ranks_agree_on_the_value_of_the_whole_step() -> None:
     again = StepMeter()
     fill(again, [slice(0, 2)], 2.0)
     metrics = again.compute(lambda value: value + sent[1], CPU)
-    assert metrics["loss/policy"] == pytest.approx(LOSSES[MASK].sum().item() / 6, rel=1e-6)
+    assert metrics["losses/policy"] == pytest.approx(LOSSES[MASK].sum().item() / 6, rel=1e-6)
     assert metrics["policy/half"] == pytest.approx((LOSSES[MASK] / 2).mean().item(), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ def test_every_objective_learns_a_separable_task(kit, spec, name):
     _, rows = kit.run_preference(spec, 12, kit.separable(), objective=name, options=EAGER.get(name), lr_scheduler=None)
     assert rows[-1]["train/preference/accuracy"] == 1.0
     assert all(row["train/skipped_steps"] == 0 for row in rows)
-    assert {"train/preference/margin", "train/preference/weight", "train/loss/preference"} <= rows[0].keys()
+    assert {"train/preference/margin", "train/preference/weight", "train/losses/preference"} <= rows[0].keys()
     if name != "kto":
         gaps = [row["train/preference/chosen_logprob"] - row["train/preference/rejected_logprob"] for row in rows]
         assert gaps[-1] > gaps[0] + 0.5
@@ -35,15 +35,15 @@ def test_the_chosen_responses_likelihood_is_a_mean_over_the_steps_tokens(kit, sp
         start.configure_model()
         total = sum(kit.response_sum(start.model, start, record, record.chosen) for record in records)
         tokens = sum(sum(start.encode(record).chosen.response_mask) for record in records)
-        assert rows[0]["train/loss/sft"] == pytest.approx(-total / tokens, rel=1e-5)
-        assert rows[0]["train/loss"] == pytest.approx(rows[0]["train/loss/preference"] + 0.5 * rows[0]["train/loss/sft"], rel=1e-5)
+        assert rows[0]["train/losses/sft"] == pytest.approx(-total / tokens, rel=1e-5)
+        assert rows[0]["train/loss"] == pytest.approx(rows[0]["train/losses/preference"] + 0.5 * rows[0]["train/losses/sft"], rel=1e-5)
 
 
 def test_an_imitation_weight_of_zero_leaves_the_term_out(kit, spec):
     _, rows = kit.run_preference(spec, 1, objective="orpo", sft_weight=0.0)
-    assert "train/loss/sft" not in rows[0]
+    assert "train/losses/sft" not in rows[0]
     _, rows = kit.run_preference(spec, 1, objective="orpo")
-    assert "train/loss/sft" in rows[0]
+    assert "train/losses/sft" in rows[0]
 
 
 def test_an_empty_rejected_response_is_its_end_alone(kit, spec):
@@ -111,4 +111,4 @@ def test_kto_divides_by_responses_not_by_records(kit, spec):
     ):
         for accumulate in (1, 2):
             _, rows = kit.run_preference(spec, 1, data, objective="kto", trainer={"accumulate": accumulate})
-            assert rows[0]["train/loss/preference"] == pytest.approx(0.5, abs=1e-5)
+            assert rows[0]["train/losses/preference"] == pytest.approx(0.5, abs=1e-5)

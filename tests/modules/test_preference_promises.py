@@ -74,7 +74,7 @@ def test_an_anchor_of_weight_zero_is_the_bare_objective(kit, spec, same, tmp_pat
     bare = Run(kit, spec, case)(tmp_path)
     off = Run(kit, spec, case, anchored=True)(tmp_path, weight=0.0, adaptive=False)
     same(bare["weights"], off["weights"])
-    assert {"train/anchor/score", "train/anchor/weight", "train/loss/anchor"} <= {name for _, row in off["rows"] for name in row}
+    assert {"train/anchor/score", "train/anchor/weight", "train/losses/anchor"} <= {name for _, row in off["rows"] for name in row}
     for (step, before), (step_off, after) in zip(bare["rows"], off["rows"], strict=True):
         assert step == step_off
         assert {name: after[name] for name in before} == before
@@ -94,7 +94,7 @@ def test_an_anchor_samples_to_the_prompts_of_the_pairs_and_moves_the_policy(kit,
     assert sorted(str(request.record.prompt) for request in asked) == sorted(str(record.prompt) for record in kit.make_records())
     logged = [row for _, row in rows.rows if "train/loss" in row]
     assert len(logged) == 3
-    assert all(row["train/loss/anchor"] != 0 and row["train/anchor/ratio"] == 1.0 for row in logged)
+    assert all(row["train/losses/anchor"] != 0 and row["train/anchor/ratio"] == 1.0 for row in logged)
     assert anchor.discriminator.fingerprint() == before
     bare = kit.fit(kit.make_module("preference", spec, **options), kit.make_trainer(3, **trainer))
     assert differ(kit.weights(bare), kit.weights(module))

@@ -14,7 +14,7 @@ from aapa_lightning.policy import PolicySpec, load_policy
 def test_the_first_step_starts_at_the_reference(kit, spec):
     _, rows = kit.run_preference(spec, 1, objective="dpo")
     assert rows[0]["train/preference/margin"] == pytest.approx(0.0, abs=1e-4)
-    assert rows[0]["train/loss/preference"] == pytest.approx(0.6931, abs=1e-4)
+    assert rows[0]["train/losses/preference"] == pytest.approx(0.6931, abs=1e-4)
 
 
 def test_the_reference_stays_as_it_was_and_out_of_checkpoints(kit, spec, same, differ, tmp_path):
@@ -53,7 +53,7 @@ def test_a_reference_of_ones_own_choice(kit, spec, tmp_path):
     assert max(map(abs, margins)) > 0.1
     assert rows[0]["train/preference/margin"] == pytest.approx(sum(margins) / 12, abs=1e-3)
     expected = -torch.nn.functional.logsigmoid(0.5 * torch.tensor(margins)).mean()
-    assert rows[0]["train/loss/preference"] == pytest.approx(float(expected), abs=1e-4)
+    assert rows[0]["train/losses/preference"] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_the_cache_gives_the_run_of_the_live_reference(kit, spec, same, tmp_path):

@@ -59,8 +59,8 @@ def test_the_loss_of_a_step_by_hand(rewards, spec, kind):
     first = sum(map(ranking, margins(human))) / 4
     second = sum(ranking(margin) if kind == "ranking" else -margin for margin in margins(golden)) / 4
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert metrics["train/loss/human"] == pytest.approx(first, abs=1e-5)
-    assert metrics["train/loss/golden"] == pytest.approx(second, abs=1e-5)
+    assert metrics["train/losses/human"] == pytest.approx(first, abs=1e-5)
+    assert metrics["train/losses/golden"] == pytest.approx(second, abs=1e-5)
     assert metrics["train/loss"] == pytest.approx(0.8 * first + 0.3 * second, abs=1e-5)
     assert metrics["train/golden/accuracy"] == sum(margin > 0 for margin in margins(golden)) / 4
 

@@ -67,7 +67,7 @@ def test_the_anchor_takes_the_export(run, kit, spec):
     anchor = AnchorCallback(str(run / "rm" / "export"), weight=0.5)
     trainer = kit.make_trainer(1, callbacks=[anchor])
     kit.fit(kit.make_module("grpo", spec), trainer)
-    assert float(trainer.callback_metrics["train/loss/anchor"]) != 0
+    assert float(trainer.callback_metrics["train/losses/anchor"]) != 0
 
 
 def test_only_reward_models_take_golden_pairs(run, kit, spec, capsys, monkeypatch):

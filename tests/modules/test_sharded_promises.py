@@ -120,7 +120,7 @@ def test_measuring_the_terms_changes_nothing(folder):
     plain, measured = load(folder / "anchored.rank0"), load(folder / "measured.rank0")
     same(plain, measured)
     assert len(measured["norms"]) == 2
-    assert all(row[f"train/grad_norm/{name}"] > 0 for row in measured["norms"] for name in ("sft", "anchor"))
+    assert all(row[f"train/grad_norms/{name}"] > 0 for row in measured["norms"] for name in ("sft", "anchor"))
 
 
 def test_ranks_skip_together(folder):

@@ -53,7 +53,7 @@ def test_norms_are_those_of_separate_gradients_over_micro_steps(parameters) -> N
         for micro_step in range(3):
             norms.add(terms_of(parameters, micro_step), 3.0, nn.ParameterList(parameters))
         found = norms.compute(identity_sum)
-        assert found == {f"grad_norm/{name}": pytest.approx(float(by_hand(parameters, name, range(3)).norm()), rel=1e-5) for name in "ab"}
+        assert found == {f"grad_norms/{name}": pytest.approx(float(by_hand(parameters, name, range(3)).norm()), rel=1e-5) for name in "ab"}
     assert norms.compute(identity_sum) == {}
 
 
@@ -73,7 +73,7 @@ def test_ranks_add_up(parameters) -> None:
 
     again = TermNorms(1)
     again.add(terms_of(parameters, 0), 2.0, nn.ParameterList(parameters))
-    expected = {f"grad_norm/{name}": pytest.approx(float(by_hand(parameters, name, range(2)).norm()), rel=1e-5) for name in "ab"}
+    expected = {f"grad_norms/{name}": pytest.approx(float(by_hand(parameters, name, range(2)).norm()), rel=1e-5) for name in "ab"}
     assert again.compute(sum_over_ranks) == expected
 
 
@@ -83,8 +83,8 @@ def test_terms_without_a_gradient_read_zero(parameters) -> None:
     terms.append(LossTerm("c", LossOutputs(torch.ones(2, 3)), MASK, COUNTS))
     norms.add(terms, 1.0, nn.ParameterList(parameters))
     found = norms.compute(identity_sum)
-    assert (found["grad_norm/a"], found["grad_norm/c"]) == (0.0, 0.0)
-    assert found["grad_norm/b"] > 0
+    assert (found["grad_norms/a"], found["grad_norms/c"]) == (0.0, 0.0)
+    assert found["grad_norms/b"] > 0
 
 
 def test_grad_and_graph_are_left_alone(parameters) -> None:
@@ -123,7 +123,7 @@ def test_training_does_not_notice(kit, spec, same, tmp_path, precision, checkpoi
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     for before, row in zip(plain, rows, strict=True):
         assert {name: row[name] for name in before} == before
-        norms = [row[f"train/grad_norm/{name}"] for name in ("sft", "policy", "anchor")]
+        norms = [row[f"train/grad_norms/{name}"] for name in ("sft", "policy", "anchor")]
         assert [bool(norm) for norm in norms] == [int(row["step"]) % 2 == 0] * 3
         assert not any(norms) or min(map(float, norms)) > 0
 
@@ -136,9 +136,9 @@ def test_the_norm_of_the_sum_is_within_the_sum_of_norms(kit, spec):
         kit.fit(kit.make_module("uniapl", spec, term_norms_every=1, **options), kit.make_trainer(1, accumulate=2, logger=rows))
         found[name] = {key: value for _, row in rows.rows for key, value in row.items()}
     alone, half, whole = found["alone"], found["half"], found["whole"]
-    assert alone["train/grad_norm/sft"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
-    assert alone["train/grad_norm/policy"] == 0
-    assert half["train/grad_norm/policy"] == pytest.approx(0.5 * whole["train/grad_norm/policy"], rel=1e-5)
+    assert alone["train/grad_norms/sft"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
+    assert alone["train/grad_norms/policy"] == 0
+    assert half["train/grad_norms/policy"] == pytest.approx(0.5 * whole["train/grad_norms/policy"], rel=1e-5)
     total, imitation, policy = (whole[f"train/grad_norm{part}"] for part in ("", "/sft", "/policy"))
     assert abs(imitation - policy) < total < imitation + policy
 

@@ -175,7 +175,7 @@ def test_schedules_count_optimiser_steps(kit, spec, schedule, weights):
     module = kit.make_module("uniapl", spec, rl_weight=schedule, updates_per_window=2)
     _, rows = _fit(kit, module, 6, kit.make_anchor(Linear(0.6, 0.0, 3)), accumulate=2)
     for w, weight, row in zip(weights, [0.6, 0.4, 0.2, 0.0, 0.0, 0.0], rows, strict=True):
-        imitation, policy, anchor = (row[f"train/loss/{name}"] for name in ("sft", "policy", "anchor"))
+        imitation, policy, anchor = (row[f"train/losses/{name}"] for name in ("sft", "policy", "anchor"))
         assert row["train/rl_weight"] == pytest.approx(w)
         assert row["train/anchor/weight"] == pytest.approx(weight)
         assert row["train/loss"] == pytest.approx(imitation + w * policy + weight * anchor, rel=1e-5)
