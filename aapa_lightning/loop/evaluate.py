@@ -34,7 +34,7 @@ class PlainBatches:
         """The step of a batch.
 
         Args:
-            batch: a step of ``EvalLoader``, which stays as it is, or a list of records.
+            batch: a list of records, or one.
             number: of the batch in its loader, from 0.
             rank: this process.
             world_size: number of processes.
@@ -42,8 +42,6 @@ class PlainBatches:
         Raises:
             ConfigError: anything else.
         """
-        if isinstance(batch, EvalStep):
-            return batch
         records = [batch] if isinstance(batch, Record) else batch
         if not isinstance(records, list | tuple) or not all(isinstance(record, Record) for record in records):
             raise ConfigError(

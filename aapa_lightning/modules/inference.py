@@ -214,10 +214,11 @@ class InferenceModule(RemembersArguments):
             return self.engine.generate(requests, replace(self.sampling, temperature=temperature), seed=seed, window=0)
 
     def _step(self, batch: object, number: int) -> EvalStep:
+        if isinstance(batch, EvalStep):
+            return batch
         step = self._plain.step(batch, number, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-        if step is not batch:
-            self._with_experts = self._with_experts or any(record.experts for record in step.records)
-            self._with_pairs = self._with_pairs or any(is_pair(record) for record in step.records)
+        self._with_experts = self._with_experts or any(record.experts for record in step.records)
+        self._with_pairs = self._with_pairs or any(is_pair(record) for record in step.records)
         return step
 
     def sync_engine(self) -> None:

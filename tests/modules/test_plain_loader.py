@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.loop.evaluate import EvalStep, PlainBatches
+from aapa_lightning.loop.evaluate import PlainBatches
 from aapa_lightning.types import Demonstration, Record
 
 
@@ -63,7 +63,5 @@ def test_places_in_the_split_of_every_rank():
         batches = PlainBatches()
         steps = [batches.step(part, number, rank=rank, world_size=2) for number, part in enumerate((records[:2], records[2:]))]
         assert [step.indices for step in steps] == [[rank, 2 + rank], [4 + rank, 6 + rank, 8 + rank]]
-    step = EvalStep([3], records[:1])
-    assert PlainBatches().step(step, 0) is step
     with pytest.raises(ConfigError, match="expected a loader of batches of Records, found Tensor"):
         PlainBatches().step(torch.zeros(2), 0)
