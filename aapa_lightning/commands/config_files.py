@@ -35,3 +35,16 @@ def _chooses(path: str) -> bool:
     config: Any = read_yaml(path, "--config")
     data = config.get("data") if isinstance(config, dict) else None
     return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The value as a list; empty for None and the like."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def default_run_dir(model: Any, trainer: Any) -> str:
+    """Of a run whose configuration names none: its objective, else its module, with ``aapa-`` before it where it is anchored."""
+    kind = model.class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
+    name = (model.get("init_args") or {}).get("objective") or kind  # objectives of one module are different runs
+    anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in as_list(trainer.callbacks))
+    return f"runs/{'aapa-' if anchored else ''}{name}"

@@ -15,7 +15,8 @@ from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import get_device
 from typing_extensions import override
 
-from aapa_lightning.commands.train import AapaCLI, as_list, run_trainer
+from aapa_lightning.commands.config_files import as_list
+from aapa_lightning.commands.train import AapaCLI, run_trainer
 from aapa_lightning.errors import ConfigError
 
 

@@ -16,7 +16,6 @@ import yaml
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,13 +23,13 @@ from lightning_utilities.core.imports import RequirementCache
 from typing_extensions import override
 
 from aapa_lightning.callbacks.checkpoints import place_checkpoints
-from aapa_lightning.callbacks.progress import RunProgressBar
+from aapa_lightning.callbacks.progress import progress_bars
 from aapa_lightning.callbacks.run_folder import ResponseWriter, RunCheckpoint, RunFolder
 from aapa_lightning.callbacks.samples import SampleWriter
 from aapa_lightning.checkpoint_io import AtomicCheckpointIO
 from aapa_lightning.cli import TRAINER_COMMANDS
 from aapa_lightning.commands import resume
-from aapa_lightning.commands.config_files import names_data_class
+from aapa_lightning.commands.config_files import as_list, default_run_dir, names_data_class
 from aapa_lightning.commands.parser import Parser, import_components, parser_kwargs, tell_numbers_apart
 from aapa_lightning.console import say
 from aapa_lightning.documents import load_yaml
@@ -142,7 +141,9 @@ class AapaCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        self.run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir())
+        self.run_dir = Path(
+            self._get(self.config, "run_dir") or default_run_dir(self._get(self.config, "model"), self._get(self.config, "trainer"))
+        )
         self.resume = bool(self._get(self.config, "resume", False))
         self.checkpoint = self._get(self.config, "ckpt_path")
         self._step = 0
@@ -156,14 +157,6 @@ class AapaCLI(LightningCLI):
             self._read(self.checkpoint)
         if self.subcommand not in (None, "fit") and not _get_rank():
             say(f"{self.subcommand}: weights of {self.checkpoint or f'the configured model, no checkpoint given or in {self.run_dir}'}")
-
-    def _default_run_dir(self) -> str:
-        model = self._get(self.config, "model")
-        kind = model.class_path.rsplit(".", 1)[-1].removesuffix("Module").lower()
-        name = (model.get("init_args") or {}).get("objective") or kind  # objectives of one module are different runs
-        callbacks = as_list(self._get(self.config, "trainer").callbacks)
-        anchored = any(callback.class_path.endswith(".AnchorCallback") for callback in callbacks)
-        return f"runs/{'aapa-' if anchored else ''}{name}"
 
     def _enter(self) -> None:
         """Be the only process that runs this command in the folder, and remove what a killed one left there."""
@@ -245,9 +238,7 @@ class AapaCLI(LightningCLI):
             ours.append(RunFolder(self.run_dir, self._resolved()))
             if not any(isinstance(callback, SampleWriter) for callback in as_list(config["callbacks"])):
                 ours.append(SampleWriter())
-        bars = [callback for callback in as_list(config["callbacks"]) if isinstance(callback, ProgressBar)]
-        if RequirementCache("rich") and config["enable_progress_bar"] is not False and not bars:
-            ours.append(RunProgressBar())
+        ours += progress_bars(as_list(config["callbacks"]), config["enable_progress_bar"] is not False)
         return ours if self._dry or config["enable_checkpointing"] is False else [*ours, self._get(self.config_init, "checkpoint")]
 
     def _response_file(self) -> Path:
@@ -305,8 +296,3 @@ class AapaCLI(LightningCLI):
 def first_process() -> bool:
     """Whether this is the first process of the run: rank 0, or the one that starts the other ranks."""
     return not _get_rank() and not int(os.environ.get("NODE_RANK") or 0)
-
-
-def as_list(value: Any) -> list[Any]:
-    """The value as a list; empty for None and the like."""
-    return list(value) if isinstance(value, list | tuple) else [value] if value else []

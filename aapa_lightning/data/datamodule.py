@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, Literal
 
 import lightning as L
@@ -59,7 +60,11 @@ class AapaDataModule(L.LightningDataModule):
         self._val_fraction = val_fraction
         self._seed = seed
         self._splits: dict[str, Sequence[Record]] = {}
-        named = {name: str(source) if isinstance(source, str | Path) else "records" for name, source in self._sources.items() if source}
+        named = {
+            name: str(source) if isinstance(source, str | PurePath) else f"a {type(source).__name__}"
+            for name, source in self._sources.items()
+            if source is not None
+        }
         settings = {"columns": columns, "missing_experts": missing_experts, "val_fraction": val_fraction, "seed": seed}
         remember(self, plain({"data": {**named, "experts": experts, **settings}}))
 
