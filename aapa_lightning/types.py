@@ -12,7 +12,6 @@ from typing import Any, NotRequired, Self, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 class Message(TypedDict):
@@ -83,14 +82,6 @@ class Record:
     def to(self, *args: Any, **kwargs: Any) -> Record:
         """Itself: texts lie on no device. Lightning asks this of what a loader gives, and would else try to change it."""
         return self
-
-
-def _as_list(batch: Sequence[Record], *, collate_fn_map: Any = None) -> list[Record]:
-    return list(batch)
-
-
-# A plain DataLoader gives batches of records as lists.
-default_collate_fn_map[Record] = _as_list
 
 
 @dataclass(frozen=True, slots=True)

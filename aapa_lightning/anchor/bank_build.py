@@ -154,13 +154,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _scored(batch: Sequence[Record], discriminator: Discriminator, segmenter: Segmenter, score_thinking: ScoreThinking) -> list[Row]:
-    score = getattr(discriminator, "score_held_out", discriminator.score)
     answers = [_answers(record, score_thinking) for record in batch]
     pairs = [(record, text) for record, texts in zip(batch, answers, strict=True) for text in texts]
     texts = [text for _, text in pairs]
     spans = segment_texts(texts, segmenter)
-    found = ask(discriminator, texts, [record for record, _ in pairs], spans, score=score)
-    logits = iter(found.cpu().split([len(row) for row in spans.char_spans]))
+    found = ask(discriminator, texts, [record for record, _ in pairs], spans, score=getattr(discriminator, "score_held_out", None)).cpu()
+    logits = iter(found.split([len(row) for row in spans.char_spans]))
     return [
         {"prompt_hash": prompt_hash(record.prompt), "experts": mine, "logits": [next(logits).tolist() for _ in mine]}
         for record, mine in zip(batch, answers, strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aapa_lightning.anchor.base import Discriminator
 from aapa_lightning.anchor.encoder import hash_tensors
+from aapa_lightning.anchor.kinds import REWARD_MODEL_KINDS
 from aapa_lightning.anchor.reference_text import Wrapper, polar_text, template_text
 from aapa_lightning.anchor.server import ScoreServer
 from aapa_lightning.anchor.value_model import ValueModel, load_tokenizer, reward_token_id, vocabulary
@@ -27,25 +28,6 @@ from aapa_lightning.types import Record, SentenceSpans
 _OVER: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda scores: scores.mean(), "max": lambda scores: scores.max()}
 #: Settings that do not decide a score, or are digested by themselves.
 _NOT_DIGESTED = ("model", "server", "device", "batch_tokens")
-
-
-#: What ``discriminator.json`` holds.
-_KINDS: dict[str, Any] = {
-    "fingerprint": (str, type(None)),
-    "model": (str, type(None)),
-    "template": (str, type(None)),
-    "server": (dict, type(None)),
-    "temperature": (float, type(None)),
-    "over_references": str,
-    "max_references": (int, type(None)),
-    "subtract_self": bool,
-    "wrapper": str,
-    "max_tokens": int,
-    "max_response_tokens": int,
-    "dtype": str,
-    "batch_tokens": int,
-    "device": (str, type(None)),
-}
 
 
 def answer_of(text: str) -> str:
@@ -276,9 +258,8 @@ class RewardModelDiscriminator(Discriminator):
             ConfigError: the file is missing or damaged, or the weights are others than those that were saved.
         """
         file = Path(folder) / "discriminator.json"
-        settings = read_json(file, **_KINDS)
-        expected = settings.pop("fingerprint", None)
-        settings.pop("class", None)
+        settings = read_json(file, **REWARD_MODEL_KINDS)
+        expected, _ = settings.pop("fingerprint", None), settings.pop("class", None)
         try:
             server = None if settings.get("server") is None else ScoreServer(**settings["server"])
             if server is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from aapa_lightning.data import collate  # noqa: F401 - lets plain loaders give records
 from aapa_lightning.data.encode import NamedText, expert_responses
 from aapa_lightning.data.responses import response_row
 from aapa_lightning.errors import ConfigError

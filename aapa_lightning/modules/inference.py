@@ -217,8 +217,8 @@ class InferenceModule(RemembersArguments):
         if isinstance(batch, EvalStep):
             return batch
         step = self._plain.step(batch, number, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
-        self._with_experts = self._with_experts or any(record.experts for record in step.records)
-        self._with_pairs = self._with_pairs or any(is_pair(record) for record in step.records)
+        self._with_experts |= any(record.experts for record in step.records)
+        self._with_pairs |= any(is_pair(record) for record in step.records)
         return step
 
     def sync_engine(self) -> None:
