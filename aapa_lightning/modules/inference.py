@@ -64,8 +64,7 @@ class InferenceModule(RemembersArguments):
         judges: measures for evaluation alone; no training sees them.
         score_thinking: let rewards and judges see the thinking before an answer too; ``Thinking`` names other tags.
         seed: of data order and sampling; None takes ``seed_everything``'s.
-        engine: what generates: ``auto``, a name of ``rollout.engines.ENGINES``, or a factory (``class_path`` of an engine, whose first
-            three arguments are filled in).
+        engine: ``auto``, a name of ``rollout.engines.ENGINES``, or ``class_path`` of an engine, whose first three arguments are filled in.
         rollout_rows: responses that an embedded engine generates at once; None for all.
         engine_tolerance: most that the log-probs of an engine with weights of its own may differ from the policy's after a push, in nats
             a token of a fixed prompt; beyond it the run stops. None does not ask. See ``rollout.probe``.
@@ -123,9 +122,7 @@ class InferenceModule(RemembersArguments):
         self._weight_probe = WeightProbe(engine_tolerance)
         self._loaded = False
         self._evaluator: Evaluator | None = None
-        self._with_experts = False
-        self._with_pairs = False
-        self._plain = PlainBatches()
+        self._with_experts, self._with_pairs, self._plain = False, False, PlainBatches()
 
     def configure_model(self) -> None:
         """Load the policy, once. Raises ConfigError for a precision that would round what is kept in float32."""
