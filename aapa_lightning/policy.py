@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,9 +16,12 @@ from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash
 from aapa_lightning.chat_templates import read_chat_template
 from aapa_lightning.errors import ConfigError, in_one_line
 from aapa_lightning.files import refuse_missing
+from aapa_lightning.freezing import freeze_parameters
+from aapa_lightning.loading import check_weights
 from aapa_lightning.logprobs.head import check_backend, set_logprob_backend
 from aapa_lightning.logprobs.inputs import dropouts
 from aapa_lightning.logprobs.packing import check_packing, set_packing
+from aapa_lightning.logprobs.steady import set_steady
 from aapa_lightning.sharding.materialize import parameters_on_meta
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class PolicySpec:
             ``chunked`` (streamed) or ``liger``.
         lora: train adapters in the place of the weights.
         quantization: of the weights under adapters: ``none``, ``nf4`` (QLoRA, 4 bits) or ``int8``; the last two by bitsandbytes.
+        allow_missing: full names of weights that the folder lacks and that may start from random values of ``seed``. All others are errors.
+        freeze: names of parameters or modules that are not trained, as patterns such as ``model.embed_tokens`` or ``model.layers.[0-3]``.
     """
 
     model: str | None = None
@@ -65,6 +70,8 @@ class PolicySpec:
     packing: bool | Literal["auto"] = "auto"
     lora: LoraSpec | None = None
     quantization: str = "none"
+    allow_missing: list[str] = field(default_factory=list)
+    freeze: list[str] = field(default_factory=list)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -136,6 +143,7 @@ def load_policy(spec: PolicySpec, precision: str = "", *, weights: bool = True) 
     if spec.lora is not None:
         with nullcontext() if weights else parameters_on_meta():
             model = put_adapters(model, spec.lora, spec.seed)
+    freeze_parameters(model, spec.freeze, "policy.freeze")
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.activation_checkpointing:
@@ -209,17 +217,24 @@ def _from_folder(source: str, spec: PolicySpec, dtype: torch.dtype, attention: s
         return merge_folder(base, source, spec.revision)
     options = quantization_arguments(spec.quantization, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=spec.revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=spec.trust_remote_code,
-            **options,
-            **(spec.config or {}),
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)  # of weights that may be missing
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=spec.revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=spec.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # or the message would name none of them
+                **options,
+                **(spec.config or {}),
+            )
     except Exception as error:  # transformers, safetensors, the Hub client and the model's own code raise errors of their own
         raise ConfigError(f"policy.model: cannot load a causal LM from {source!r}: {in_one_line(error)}") from error
+    model, info = loaded
+    check_weights(info, f"policy.model {source!r}", allow=spec.allow_missing, option="policy.allow_missing")
+    return cast("PreTrainedModel", model)
 
 
 def _require(source: str) -> None:
@@ -251,9 +266,13 @@ def _without_weights(source: str, spec: PolicySpec, dtype: torch.dtype, attentio
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in dropout modules and where a layer keeps one as a number, such as ``attention_dropout``."""
+    """Set every dropout probability to 0, in dropout modules and where a layer keeps one as a number, such as ``attention_dropout``.
+
+    What else is random in training (routers that draw) is put in evaluation mode at the model's first call, see ``logprobs.steady``.
+    """
     for module, name in dropouts(model):
         setattr(module, name, 0.0)
+    set_steady(model)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Weights that every rank reads its rows of: those of the model as it is loaded in one piece, from files, from rank 0, tied and not."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ CASES = {
     "another head size": {"rename": True},
     "from scratch": {"scratch": True},
     "adapters": {"lora": True},
+    "frozen parts": {"freeze": ["model.embed_tokens", "model.layers.0"]},
 }
 
 
@@ -44,7 +46,7 @@ def spec_of(folder, case):
     lora = LoraSpec(r=2) if case.get("lora") else None
     if case.get("scratch"):
         return PolicySpec(config=SIZES, tokenizer=str(folder), seed=5)
-    return PolicySpec(str(folder), dtype=case.get("dtype", "float32"), lora=lora)
+    return PolicySpec(str(folder), dtype=case.get("dtype", "float32"), lora=lora, freeze=case.get("freeze", []))
 
 
 def refuse():
@@ -86,6 +88,10 @@ def work(folder):
     shard_model(model, mesh)
     with pytest.raises(ConfigError, match="nothing to load"):  # on the rank that loads, and on the one that waits
         materialize.fill_model(model, torch.device("cpu"), folder=None, revision=None, load=refuse)
+    model, _ = load_policy(PolicySpec(str(Path(folder) / "two heads")), weights=False)
+    shard_model(model, mesh)
+    with pytest.raises(ConfigError, match=r"the config ties .* and lm_head.weight, and the files hold other weights for each"):
+        materialize.fill_model(model, torch.device("cpu"), folder=str(Path(folder) / "two heads"), revision=None, load=refuse)
     torch.distributed.destroy_process_group()
 
 
@@ -94,6 +100,9 @@ def folder(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("models")
     for name, case in CASES.items():
         make(folder / name, tiny_tokenizer, **case)
+    make(folder / "two heads", tiny_tokenizer, tie=False)
+    config = json.loads((folder / "two heads" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "two heads" / "config.json").write_text(json.dumps(config))
     return folder
 
 

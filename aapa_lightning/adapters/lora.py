@@ -238,8 +238,17 @@ def fingerprint(model: nn.Module) -> str:
     Takes a fraction of a second where hashing all weights takes as long as reading them. Training moves nearly every value of the tensors
     that it moves, so another stage or another seed is told apart; an edit of single values may not be.
     """
-    digest = hashlib.sha256(architecture(model).encode())
-    for name, value in sorted(base_state(model).items()):
+    return _sampled_digest(architecture(model), base_state(model))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Like ``fingerprint``, of the base model's weights alone: another version of transformers may describe the same model otherwise."""
+    return _sampled_digest("", base_state(model))
+
+
+def _sampled_digest(salt: str, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(salt.encode())
+    for name, value in sorted(state.items()):
         flat = value.detach().reshape(-1)
         sample = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aapa_lightning.adapters.lora import base_state, peft_package, wrapped_layers
+from aapa_lightning.adapters.lora import base_state, peft_package, weights_fingerprint, wrapped_layers
 from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError, in_one_line
+from aapa_lightning.files import write_json
+from aapa_lightning.loading import named
+
+#: What a folder of adapters says of the weights that they were trained on.
+BASE_FILE = "aapa_base.json"
 
 
 @torch.no_grad()
@@ -96,7 +101,7 @@ def _still_tied(base: Any, state: Mapping[str, Tensor]) -> bool:
 
 
 def save_adapter(model: Any, out: str | Path, base: str, revision: str | None = None) -> None:
-    """Write the folder that ``PeftModel.from_pretrained(base_model, out)`` loads.
+    """Write the folder that ``PeftModel.from_pretrained(base_model, out)`` loads, and beside it which weights the adapters were trained on.
 
     Args:
         model: with adapters.
@@ -108,6 +113,7 @@ def save_adapter(model: Any, out: str | Path, base: str, revision: str | None = 
     config.base_model_name_or_path, config.revision = base, revision
     # never the base's embeddings: the library would add them, and ask the Hub whether they have grown
     model.save_pretrained(out, save_embedding_layers=False)
+    write_json(Path(out) / BASE_FILE, {"dtype": str(model.get_base_model().dtype), "fingerprint": weights_fingerprint(model)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +156,18 @@ def merge_folder(base: Any, source: str, revision: str | None = None) -> Any:
     """
     peft = peft_package()
     tied = {base.get_output_embeddings(), base.get_input_embeddings()} if _ties(base.config) else set()
+    _check_base(base, source)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings)")
-            warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             adapted = peft.PeftModel.from_pretrained(base, source, revision=revision)
+            _check_names(adapted, source, revision)
         apart = [path for path, inner in wrapped_layers(adapted).items() if getattr(base.get_submodule(path), inner) in tied]
         merged = None if apart else adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:  # peft, safetensors and the Hub client raise errors of their own, and the warning is one now
+    except ConfigError:
+        raise
+    except Exception as error:  # peft, safetensors and the Hub client raise errors of their own
         raise ConfigError(f"policy.model: cannot merge the adapters of {source!r}: {in_one_line(error)}") from error
     if merged is None:
         raise ConfigError(
@@ -165,6 +175,45 @@ def merge_folder(base: Any, source: str, revision: str | None = None) -> Any:
             "a merged folder (aapa export RUN --out FOLDER), which holds both"
         )
     return merged.requires_grad_(True)  # what peft froze
+
+
+def _check_base(base: Any, source: str) -> None:
+    """Refuse weights that the adapters of a folder were not trained on, where the folder says which those were, and in the same dtype.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    file = Path(source) / BASE_FILE
+    if not file.is_file():
+        return
+    said = read_json(file, fingerprint=str, dtype=str)
+    expected = said.get("fingerprint") if said.get("dtype") == str(base.dtype) else None
+    found = weights_fingerprint(base)
+    if expected is not None and expected != found:
+        raise ConfigError(
+            f"policy.model: the adapters of {source!r} were trained on other weights (fingerprint {str(expected)[:12]}) than those that "
+            f"its adapter_config.json names ({found[:12]}); name the right base there, or remove {BASE_FILE} to use these"
+        )
+
+
+def _check_names(adapted: Any, source: str, revision: str | None) -> None:
+    """Refuse adapters of which the file holds too few or too many tensors: peft warns of some of them and goes on.
+
+    Raises:
+        ConfigError: names of both are in it.
+    """
+    peft = peft_package()
+    found = adapted.load_adapter(source, adapted.active_adapter, revision=revision)  # once more, for what it says
+    # of layers that were trained whole it says nothing
+    held = peft.load_peft_weights(source, device="cpu", revision=revision)
+    expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    missing = {*found.missing_keys, *(name for name in expected if "lora_" not in name and name not in held)}
+    for names, wrong in ((missing, "lack"), (set(found.unexpected_keys), "hold, beside those that adapter_config.json asks for,")):
+        if names:
+            raise ConfigError(
+                f"policy.model: the adapters of {source!r} {wrong} the weights {named(names)}; use the adapter_config.json written "
+                "with them, or write both again (aapa export RUN --out FOLDER --adapter)"
+            )
 
 
 def _ties(config: Any) -> bool:

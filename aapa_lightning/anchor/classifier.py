@@ -19,6 +19,9 @@ from aapa_lightning.data.records import prompt_text
 from aapa_lightning.documents import read_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import refuse_missing, write_json
+from aapa_lightning.loading import check_weights
+from aapa_lightning.logprobs.inputs import rotary_limit
+from aapa_lightning.logprobs.padding import Side, sees_padding
 from aapa_lightning.types import Record, SentenceSpans
 
 #: What ``discriminator.json`` holds.
@@ -74,14 +77,11 @@ class SequenceClassifierDiscriminator(Discriminator):
             refuse_missing(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model, truncation_side="left", trust_remote_code=trust_remote_code)
             self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                model, output_loading_info=True, trust_remote_code=trust_remote_code
+                model, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load the sequence classifier {model!r}: {str(error).splitlines()[0]}") from error
-        if info["missing_keys"]:
-            raise ConfigError(
-                f"sequence classifier {model!r} lacks the weights {sorted(info['missing_keys'])[:3]}; random ones would be used"
-            )
+        check_weights(info, f"sequence classifier {model!r}")
         if self.model.config.num_labels > 2:
             raise ConfigError(f"sequence classifier {model!r} has {self.model.config.num_labels} outputs; expected 1 or 2")
         self.model.eval().requires_grad_(False)
@@ -94,6 +94,12 @@ class SequenceClassifierDiscriminator(Discriminator):
             "batch_size": batch_size,
             "batch_tokens": batch_tokens,
         }
+        limit = rotary_limit(self.model)
+        if limit is not None and max_length > limit:
+            raise ConfigError(
+                f"sequence classifier {model!r}: its rotary positions change with length beyond {limit} tokens (`dynamic`, `longrope`), so "
+                f"that a score would depend on the texts beside its own; set max_length to at most {limit}, found {max_length}"
+            )
         self.template, self.max_length, self.temperature = template, max_length, temperature
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.needs_experts = "{reference}" in template
@@ -118,14 +124,26 @@ class SequenceClassifierDiscriminator(Discriminator):
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Indices in order of length, as many together as both budgets allow, at least one."""
         most = self.batch_size if self.tokenizer.pad_token_id is not None else 1
+        apart = most > 1 and len(set(lengths)) > 1 and self._sees_padding()
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if batch and (len(batch) == most or (len(batch) + 1) * lengths[i] > self.batch_tokens):
+            full = len(batch) == most or (len(batch) + 1) * lengths[i] > self.batch_tokens
+            if batch and (full or (apart and lengths[i] != lengths[batch[0]])):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
+
+    def _sees_padding(self) -> bool:
+        side: Side = "left" if self.tokenizer.padding_side == "left" else "right"
+
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits
+            return logits
+
+        size = int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 32)
+        return sees_padding(self.model, read, size, self.model.device, side, self.tokenizer.pad_token_id)
 
     def _fill(self, response: str, record: Record) -> str:
         parts = {"prompt": prompt_text(record.prompt), "response": response}

@@ -19,6 +19,8 @@ from aapa_lightning.anchor.onednn import use_onednn
 from aapa_lightning.anchor.segment import Span
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import refuse_missing
+from aapa_lightning.loading import check_weights
+from aapa_lightning.logprobs.inputs import rotary_limit
 
 
 @dataclass(slots=True)
@@ -87,6 +89,12 @@ class FrozenEncoder:
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.model.config.architectures or ())
         positions = getattr(text_config, "max_position_embeddings", None) or encoding.max_length
         max_length = min(encoding.max_length, positions, self.tokenizer.model_max_length)
+        limit = rotary_limit(self.model)
+        if limit is not None and max_length > limit:
+            raise ConfigError(
+                f"encoder {path!r}: its rotary positions change with length beyond {limit} tokens (`dynamic`, `longrope`), so that a "
+                f"sentence would depend on the texts beside its own; set encoding.max_length to {limit} or less, not {encoding.max_length}"
+            )
         self.context = ContextTokenizer(self.tokenizer, encoding, causal=causal, max_length=max_length)
         self._forward = RowEncoder(self.model, encoding, self.tokenizer.pad_token_id or 0, causal=causal)
         use_onednn(self.model)
@@ -169,7 +177,8 @@ def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[
     try:
         refuse_missing(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code)
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
+        model, info = loader.from_pretrained(path, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"cannot load the encoder {path!r}: expected a folder (or Hub name) with a model and its tokenizer, found: "
@@ -179,13 +188,13 @@ def _load(path: str, trust_remote_code: bool, *, language_model: bool) -> tuple[
         raise ConfigError(f"encoder {path!r} is an encoder-decoder ({model.config.model_type}); expected an encoder or a causal LM")
     if not tokenizer.is_fast:
         raise ConfigError(f"encoder {path!r} has no fast tokenizer, which maps characters to tokens; expected a tokenizer.json beside it")
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
     if language_model and any(name.startswith(("cls.", "lm_head", "predictions")) for name in missing):
         raise ConfigError(
             f"encoding.likelihood: expected a causal language model, but {path!r} ({model.config.model_type}) has no head for it"
         )
-    if missing:
-        raise ConfigError(f"encoder {path!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); random ones would be used")
+    # what lies on the body is not read: heads of any kind, and pooling layers
+    check_weights(info | {"missing_keys": missing, "unexpected_keys": ()}, f"encoder {path!r}")
     return model, tokenizer
 
 

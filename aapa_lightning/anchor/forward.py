@@ -14,6 +14,7 @@ from aapa_lightning.anchor.context import ContextRow, Encoding
 from aapa_lightning.anchor.depth import ShallowModel
 from aapa_lightning.anchor.prefix import Prefixes, can_share
 from aapa_lightning.logprobs import token_logprobs
+from aapa_lightning.logprobs.padding import pads_right
 from aapa_lightning.types import pad_right
 
 #: Tokens of a forward pass on a CPU: more leave its caches, and every operation waits for memory.
@@ -59,7 +60,8 @@ class RowEncoder:
         chosen = list(chosen)
         heads = {i: tuple(rows[i].ids[: max(rows[i].head - self.encoding.likelihood, 0)]) for i in chosen}
         if not self._pays(heads, sum(len(rows[i].ids) for i in chosen)):
-            for batch in _batches(chosen, {i: len(rows[i].ids) for i in chosen}, self._limit):
+            lengths = {i: len(rows[i].ids) for i in chosen}
+            for batch in _batches(chosen, lengths, self._limit, apart=len(set(lengths.values())) > 1 and not self._pads):
                 yield self._encode(rows, batch, None, {})
             return
         users: dict[tuple[int, ...], list[int]] = {}
@@ -79,6 +81,14 @@ class RowEncoder:
     @cached_property
     def _can_share(self) -> bool:
         return can_share(self.model)
+
+    @cached_property
+    def _pads(self) -> bool:
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            options = {"use_cache": False} if self.causal else {}
+            return self._hidden({"input_ids": ids, "attention_mask": mask.long(), **options})
+
+        return pads_right(self.model, read, self.model.device)
 
     @cached_property
     def _shallow(self) -> ShallowModel | None:
@@ -139,12 +149,13 @@ def _likelihood(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _batches(
-    chosen: Iterable[int], lengths: Sequence[int] | dict[int, int], batch_tokens: int, most: int | None = None
+    chosen: Iterable[int], lengths: Sequence[int] | dict[int, int], batch_tokens: int, most: int | None = None, *, apart: bool = False
 ) -> Iterator[list[int]]:
-    """Rows of similar length together, at most ``most``; at least one row a batch."""
+    """Rows of similar length (``apart``: of one length) together, at most ``most``; at least one row a batch."""
     batch: list[int] = []
     for i in sorted(chosen, key=lambda i: lengths[i]):
-        if batch and (lengths[i] * (len(batch) + 1) > batch_tokens or len(batch) == most):
+        full = lengths[i] * (len(batch) + 1) > batch_tokens or len(batch) == most
+        if batch and (full or (apart and lengths[i] != lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(i)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from aapa_lightning.logprobs.inputs import keeps_rotations
 from aapa_lightning.logprobs.prefix import cache_behind
+from aapa_lightning.logprobs.trial import agree, half_precision
 from aapa_lightning.types import pad_left, pad_right
 
 
@@ -71,15 +72,19 @@ def can_share(model: Any) -> bool:
         return False
     # any tokens will do; a row of one kind of token would hide wrong positions
     prefixes, tails = [[0, 1, 2, 3, 4], [1, 3]], [[2, 4, 1, 0], [4, 0]]
+
+    def whole(row: list[int]) -> Tensor:
+        states: Tensor = _base(model)(input_ids=torch.tensor([row], device=model.device), use_cache=False).last_hidden_state
+        return states[0]
+
     try:
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=model.device)
         ids = pad_right(tails, 0).to(model.device)
         shared = _base(model)(input_ids=ids, **Prefixes(model, prefixes).inputs([0, 1], mask)).last_hidden_state
+        half = half_precision(model, model.device)
         for row, (prefix, tail) in enumerate(zip(prefixes, tails, strict=True)):
-            whole = _base(model)(input_ids=torch.tensor([prefix + tail], device=model.device), use_cache=False).last_hidden_state
-            expected, found = whole[0, len(prefix) :].float(), shared[row, : len(tail)].float()
-            tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
-            if not bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)):
+            expected, turned = (whole(before + tail)[len(prefix) :] for before in (prefix, [4 - i for i in prefix]))
+            if not agree(shared[row, : len(tail)], expected, turned, half=half):
                 return False
     except Exception:  # code of any model: whatever it raises, it is read in one piece
         return False

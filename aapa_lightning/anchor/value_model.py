@@ -15,6 +15,9 @@ from aapa_lightning.anchor.reference_text import REWARD_TOKEN
 from aapa_lightning.data.control_tokens import encode_batch
 from aapa_lightning.errors import ConfigError, DataError
 from aapa_lightning.files import refuse_missing
+from aapa_lightning.loading import check_weights
+from aapa_lightning.logprobs.inputs import rotary_limit
+from aapa_lightning.logprobs.padding import Side, sees_padding
 from aapa_lightning.types import pad_right
 
 #: The last three are what code that comes with the weights raises under another version of transformers than its own.
@@ -49,7 +52,9 @@ class ValueModel:
         text_config.pad_token_id = self._pad  # a classifier finds its last token by this id
         self._left = self.tokenizer.padding_side == "left"
         self._positions = self._left and "position_ids" in inspect.signature(self.model.forward).parameters
-        self.max_tokens: int | None = getattr(text_config, "max_position_embeddings", None)
+        positions = (getattr(text_config, "max_position_embeddings", None), rotary_limit(self.model))
+        #: Beyond them rotary positions of some models change with length, and a score with the texts beside its own.
+        self.max_tokens = min((limit for limit in positions if limit is not None), default=None)
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str], where: Sequence[str]) -> Tensor:
@@ -80,8 +85,11 @@ class ValueModel:
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Indices in order of length; each batch as large as the budget allows, at least one."""
         batch: list[int] = []
+        side: Side = "left" if self._left else "right"
+        size = int(getattr(self.model.config.get_text_config(), "vocab_size", 0) or 32)
+        apart = len(set(lengths)) > 1 and sees_padding(self.model, self._values, size, self.model.device, side, self._pad)
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if batch and (len(batch) + 1) * lengths[i] > self.batch_tokens:
+            if batch and ((len(batch) + 1) * lengths[i] > self.batch_tokens or (apart and lengths[i] != lengths[batch[0]])):
                 yield batch
                 batch = []
             batch.append(i)
@@ -93,12 +101,13 @@ class ValueModel:
         if self._left:
             shifts = [int(mask.shape[1]) - len(row) for row in rows]
             ids, mask = (torch.stack([row.roll(by) for row, by in zip(rows_, shifts, strict=True)]) for rows_ in (ids, mask))
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        return self._values(ids.to(self.model.device), mask.to(self.model.device))
+
+    def _values(self, ids: Tensor, mask: Tensor) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self._positions:  # otherwise a padded text would begin at another position
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        device = self.model.device
-        output = self.model(**{name: value.to(device) for name, value in inputs.items()})[0].float()
-        return self._read(output, mask.to(device))
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return self._read(self.model(**inputs)[0].float(), inputs["attention_mask"])
 
     def _read(self, output: Tensor, mask: Tensor) -> Tensor:
         values = output.squeeze(-1) if output.dim() == 3 else output
@@ -147,18 +156,16 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         loader: Any = AutoModelForSequenceClassification if classifier else AutoModel
-        model, info = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
+        model, info = loader.from_pretrained(path, dtype=dtype, **options)
     except _LOADING as error:
         raise _cannot_load(path, "weights", error) from error
     if classifier and model.config.num_labels != 1:
         raise ConfigError(
             f"reward model {path!r} has {model.config.num_labels} outputs; expected 1 (SequenceClassifierDiscriminator takes two classes)"
         )
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise ConfigError(
-            f"reward model {path!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all); random ones would be used"
-        )
+    # a classifier reads its pooling layer
+    check_weights(info, f"reward model {path!r}", new=() if classifier else [name for name in info["missing_keys"] if "pooler" in name])
     return model.eval().requires_grad_(False)
 
 

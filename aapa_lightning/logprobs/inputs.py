@@ -17,16 +17,38 @@ _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embeddi
 
 def keeps_rotations(inner: Any) -> bool:
     """Whether a token's rotary position is its own affair: `dynamic` and `longrope` turn all tokens by the longest position of a call."""
+    return rotary_limit(inner) is None
 
-    def kinds(node: Any) -> set[str]:
-        if not isinstance(node, Mapping):
-            return set()
-        own = {str(node[name]) for name in ("rope_type", "type") if name in node}
-        return own.union(*(kinds(value) for value in node.values()))
 
+def rotary_limit(inner: Any) -> int | None:
+    """Length up to which rows keep their rotary positions whatever stands beside them, where these change with length; else None.
+
+    Beyond it `dynamic` turns all tokens of a call by the length of the longest row, and `longrope` by its long factors.
+    """
     config = text_config(inner)
-    found = kinds(getattr(config, "rope_parameters", None)) | kinds(getattr(config, "rope_scaling", None))
-    return not found & {"dynamic", "longrope", "su"}
+    whole = getattr(config, "max_position_embeddings", None)
+    original = getattr(config, "original_max_position_embeddings", None) or whole
+
+    def limits(node: Any) -> Iterator[int | None]:
+        if not isinstance(node, Mapping):
+            return
+        kind = str(node.get("rope_type", node.get("type")))
+        if "dynamic" in kind:
+            yield whole
+        elif kind in ("longrope", "su"):
+            yield node.get("original_max_position_embeddings", original)
+        for value in node.values():
+            yield from limits(value)
+
+    found = [limit or 0 for name in ("rope_parameters", "rope_scaling") for limit in limits(getattr(config, name, None))]
+    return min(found, default=None)
+
+
+def forget_lengths(inner: nn.Module) -> None:
+    """Let `dynamic` rotary positions be computed anew at the next call: transformers keeps those of the longest row that it has seen."""
+    for module in inner.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, 0)
 
 
 def learned_positions(inner: nn.Module) -> int | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aapa_lightning.logprobs.head import causal_model, head_answers
 from aapa_lightning.logprobs.inputs import dropouts, keeps_rotations
+from aapa_lightning.logprobs.trial import agree, half_precision
 from aapa_lightning.sharding import is_sharded
 
 #: Below so many tokens saved, reading prompts apart costs more than it saves.
@@ -128,6 +129,8 @@ def can_share(model: nn.Module) -> bool:
 def _keeps_all_tokens(inner: Any) -> bool:
     parameters = inspect.signature(inner.forward).parameters
     kinds = set(getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or _ATTENTION)
+    if getattr(inner, "_is_stateful", False):  # values would pass the trial where a state is kept inside, gradients would not
+        return False
     zero3 = any(hasattr(p, "ds_id") for p in inner.parameters())
     called = {"past_key_values", "position_ids", "logits_to_keep"} <= parameters.keys()
     return called and kinds <= _ATTENTION and keeps_rotations(inner) and not zero3 and isinstance(inner.get_output_embeddings(), nn.Module)
@@ -147,10 +150,10 @@ def _tried(model: nn.Module) -> bool:
     mask[2:, :2] = False
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions, "use_cache": False}
+    turned = torch.cat((ids[:, :3].flip(0), ids[:, 3:]), 1)
     try:
-        expected = model(**inputs).logits[:, 4:]
+        expected, other = (model(**inputs | {"input_ids": tokens}).logits[:, 4:] for tokens in (ids, turned))
         found = model(**Prefixes(model, ids[::2, :4], mask[::2, :4], 2).before(inputs)).logits
     except Exception:  # code of any model: whatever it raises, prompts are read with every row
         return False
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
-    return bool((found.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max().clamp_min(1))
+    return agree(found, expected, other, half=half_precision(model, device))

@@ -18,8 +18,8 @@ from aapa_lightning.logprobs.tokens import token_logprobs
 
 #: What a model's rows may see of other rows, as a share of what they would see of them in one row.
 _LEAK = 1e-3
-#: How far packed rows may be from padded ones, as the same share: in float32, and in 16 bits.
-_ERROR, _HALF_ERROR = 0.01, 0.05
+#: How far rows read in another way may be from what they are alone, as the same share: in float32, and in 16 bits.
+TRIAL_ERROR, HALF_ERROR = 0.01, 0.05
 #: Lengths of the two rows.
 _PROBE = (13, 11)
 
@@ -75,7 +75,7 @@ def _mixes(model: nn.Module, inner: Any, device: torch.device) -> str:
         return token_logprobs(logits, second[None, 1:])[0]
 
     try:
-        with torch.no_grad(), _eval_mode(model), head_answers(inner.get_output_embeddings(), watch):
+        with torch.no_grad(), evaluating(model), head_answers(inner.get_output_embeddings(), watch):
             alone = tail(padded_inputs(model, padded, mask))
             one_row = tail(packed_inputs(inner, torch.cat((first, second))[None], together[0], [long + short]))
             packed, beside = (
@@ -86,12 +86,13 @@ def _mixes(model: nn.Module, inner: Any, device: torch.device) -> str:
     effect, leak, wrong = (float((a - b).abs().max()) for a, b in ((one_row, alone), (packed, beside), (packed, alone)))
     if not leak <= _LEAK * effect:
         return "its packed rows see each other"
-    tolerance = _ERROR if dtypes <= {torch.float32, torch.float64} else _HALF_ERROR
+    tolerance = TRIAL_ERROR if dtypes <= {torch.float32, torch.float64} else HALF_ERROR
     return "" if wrong <= tolerance * effect else "its packed rows get other log-probs than padded ones"
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards, also after an exception, every module is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -99,6 +100,25 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def agree(found: Tensor, alone: Tensor, turned: Tensor, *, half: bool) -> bool:
+    """Whether what a trial found is what was expected, measured by what other text before would have changed.
+
+    Args:
+        found: read in the way on trial.
+        alone: read in the plain way.
+        turned: in the plain way, behind other text.
+        half: computed in 16 bits.
+    """
+    effect, wrong = (float((part.float() - alone.float()).abs().max()) for part in (turned, found))
+    return wrong <= (HALF_ERROR if half else TRIAL_ERROR) * effect
+
+
+def half_precision(model: nn.Module, device: torch.device) -> bool:
+    """Whether a forward pass of now computes in 16 bits, in part or whole."""
+    half = (torch.bfloat16, torch.float16)
+    return torch.is_autocast_enabled(device.type) or any(p.dtype in half for p in model.parameters())
 
 
 def _positions(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from aapa_lightning.attention import compute_dtype, resolve_attention, use_flash_attention
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import refuse_missing
+from aapa_lightning.freezing import freeze_parameters
+from aapa_lightning.loading import check_weights
 from aapa_lightning.policy import PolicySpec, disable_dropout, parse_dtype
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def load_classifier(spec: PolicySpec, precision: str = "") -> tuple[PreTrainedMo
             f"base: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocabulary}; use the model's own tokenizer"
         )
     model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # a classifier finds its last token by this id
+    freeze_parameters(model, spec.freeze, "base.freeze")
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.attn_implementation == "auto":
@@ -90,14 +93,22 @@ def _build(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     source = spec.model
     _loading(lambda: refuse_missing(source), f"model: cannot load a sequence classifier with one output from {source!r}")
     options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code, **(spec.config or {}), "num_labels": 1}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _loading(
-        lambda: AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **options),
+        lambda: AutoModelForSequenceClassification.from_pretrained(source, **options),
         f"model: cannot load a sequence classifier with one output from {spec.model!r}",
     )
-    missing = sorted(name for name in info["missing_keys"] if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name)
-    if missing:
-        raise ConfigError(f"base.model: {spec.model!r} lacks the weights {', '.join(missing[:3])} ({len(missing)} in all)")
+    # the head of what was no classifier is new, and so is the layer of a BERT that pools for it
+    trained = any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ())
+    new = () if trained else [name for name in info["missing_keys"] if _above(name, model)]
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if trained or not _above(name, model)]
+    check_weights(info, f"base.model {source!r}", new=new, allow=spec.allow_missing, option="base.allow_missing")
     return cast("PreTrainedModel", model)
+
+
+def _above(name: str, model: Any) -> bool:
+    """Whether a weight belongs to what lies on a model's body."""
+    return "pooler" in name or not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _loading(load: Callable[[], Any], what: str) -> Any:

@@ -14,6 +14,9 @@ from aapa_lightning.anchor.reference_text import template_text
 from aapa_lightning.data.control_tokens import encode
 from aapa_lightning.data.records import take
 from aapa_lightning.errors import ConfigError, DataError, choose
+from aapa_lightning.logprobs.head import causal_model, text_config
+from aapa_lightning.logprobs.padding import rows_apart, sees_padding
+from aapa_lightning.logprobs.steady import steadily
 from aapa_lightning.loop.classifier import padding_id
 from aapa_lightning.types import Record, pad_right
 
@@ -109,8 +112,23 @@ class PairEncoder:
 
 
 def pair_scores(model: nn.Module, tokenizer: Any, pairs: Sequence[RankingPair], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected responses, float32 ``[B]`` each, in one forward."""
+    """Scores of the chosen and of the rejected responses, float32 ``[B]`` each, in one forward where the model may be padded."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    ids, mask = pad_right(rows, padding_id(tokenizer)), pad_right([[1] * len(row) for row in rows], 0)
-    scores = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.squeeze(-1).float()
+    pad = padding_id(tokenizer)
+    ids, mask = (part.to(device) for part in (pad_right(rows, pad), pad_right([[1] * len(row) for row in rows], 0)))
+
+    def read(ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits
+        return logits
+
+    size = int(getattr(text_config(causal_model(model)), "vocab_size", 0) or len(tokenizer))
+    groups = rows_apart(model, mask.bool(), ("right",), lambda side: sees_padding(model, read, size, device, side, pad))
+
+    def score() -> Tensor:
+        if groups is None:
+            return read(ids, mask).squeeze(-1).float()
+        parts = [read(ids[part, : int(mask[part].sum(1).max())], mask[part, : int(mask[part].sum(1).max())]) for part in groups]
+        return torch.cat(parts).squeeze(-1).float()[torch.cat(groups).argsort()]
+
+    scores = steadily(model, score, device)
     return scores[: len(pairs)], scores[len(pairs) :]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from aapa_lightning.adapter_checkpoints import describe_adapters
@@ -30,6 +31,9 @@ from aapa_lightning.policy import PolicySpec
 from aapa_lightning.sharding import gather_state
 from aapa_lightning.types import LossOutputs, Record, TokenLossInputs
 
+#: How many times the learning rate of whole weights adapters need.
+_ADAPTER_RATE = 10
+
 __all__ = ["OptimizerFactory", "PolicyModule", "Records", "SchedulerFactory", "default_optimizer"]
 
 
@@ -50,6 +54,8 @@ class PolicyModule(DrawsAhead):
 
     #: Why this objective needs expert responses, or None.
     needs_experts: str | None = None
+    #: Learning rate of the default optimiser, which suits whole weights.
+    full_rate = 1e-6
     #: Whether the rewards shape the loss; otherwise they are figures of evaluation.
     trains_on_rewards = True
 
@@ -85,6 +91,19 @@ class PolicyModule(DrawsAhead):
         """Old and reference log-probs of a window's rollouts."""
         return no_rescoring
 
+    def configure_optimizers(self) -> Any:
+        """See ``WindowedModule``. Warns of a learning rate under which adapters hardly move."""
+        configured = super().configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        rate = max((float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups), default=0.0)
+        if self.policy.lora is not None and rate < _ADAPTER_RATE * self.full_rate / 2:
+            rank_zero_warn(
+                f"policy.lora with a learning rate of {rate:g}: adapters need about {_ADAPTER_RATE} times the rate of whole weights, or "
+                f"hardly move; set optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: {_ADAPTER_RATE * self.full_rate:g}, "
+                "weight_decay: 0.0}}"
+            )
+        return configured
+
     # Data ----------------------------------------------------------------------------------------------------------------------------
 
     def train_loader(self, splits: Mapping[str, Records]) -> WindowLoader:
@@ -101,6 +120,7 @@ class PolicyModule(DrawsAhead):
         plan = self.make_plan(trainer.accumulate_grad_batches, trainer.world_size)
         if plan.prompts or plan.sample_demonstrations:
             self.engine.check_training()
+            self.engine.check_lengths(self.prompt_format.max_prompt_tokens, self.sampling.max_new_tokens)
         self.check_asynchronous()
         prompts = splits["train"]
         prompts, demonstrations = self.training_records(plan, prompts, splits.get("demonstrations", prompts))
@@ -239,5 +259,15 @@ class PolicyModule(DrawsAhead):
             "tokenizer": self.tokenizer.name_or_path or self.policy.tokenizer or self.policy.model,
             **({} if self.policy.chat_template is None else {"chat_template": self.tokenizer.chat_template}),
             **describe_adapters(self.model, self.policy),
+            "freeze": list(self.policy.freeze),
         }
         return {"policy": policy}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See ``WindowedModule``; also refuse to train on with other parts frozen, for which the optimiser's state is none."""
+        frozen = checkpoint.get("aapa", {}).get("policy", {}).get("freeze", [])
+        if self.trainer.training and frozen != list(self.policy.freeze):
+            raise ConfigError(
+                f"resume: policy.freeze was {frozen}, found {list(self.policy.freeze)}; use the old one, or start from an export"
+            )
+        super().on_load_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
@@ -35,6 +35,7 @@ from aapa_lightning.modules.limits import INFERENCE
 from aapa_lightning.modules.parallel import load_placed, sum_over_ranks
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
 from aapa_lightning.modules.release import release_on_exception
+from aapa_lightning.modules.specs import as_spec
 from aapa_lightning.policy import PolicySpec, eos_token_ids
 from aapa_lightning.reduce import masked_mean
 from aapa_lightning.rewards.base import Reward
@@ -106,7 +107,7 @@ class InferenceModule(RemembersArguments):
         if eval_samples == 0:
             refuse_idle(InferenceModule, locals(), ("eval_temperature",), "with eval_samples 0")
         super().__init__()
-        self.policy = policy
+        self.policy = as_spec(policy, "policy")
         self.prompt_format = prompt_format or PromptFormat()
         self.sampling = sampling or SamplingParams()
         self.rewards = RewardSet(rewards, reward_weights, score_thinking=score_thinking) if rewards else None
@@ -120,8 +121,7 @@ class InferenceModule(RemembersArguments):
         self.predict_temperatures = tuple(predict_temperatures)
         self.predict_samples = predict_samples
         self._weight_probe = WeightProbe(engine_tolerance)
-        self._loaded = False
-        self._evaluator: Evaluator | None = None
+        self._loaded, self._evaluator = False, cast("Evaluator | None", None)
         self._with_experts, self._with_pairs, self._plain = False, False, PlainBatches()
 
     def configure_model(self) -> None:

@@ -34,6 +34,7 @@ from aapa_lightning.modules.base import PolicyModule, Records
 from aapa_lightning.modules.checkpointing import gather_over_ranks
 from aapa_lightning.modules.parallel import load_placed
 from aapa_lightning.modules.precision import trainer_precision
+from aapa_lightning.modules.specs import as_spec
 from aapa_lightning.objectives.pairs import per_token
 from aapa_lightning.objectives.preference import PREFERENCES
 from aapa_lightning.objectives.sft import sft_loss
@@ -132,7 +133,8 @@ class PreferenceModule(PolicyModule):
         self._inputs = label_inputs if self.objective.labels else pair_inputs
         self.sft_weight = self.objective.sft_weight if sft_weight is None else sft_weight
         self.batch_size = batch_size
-        self.reference, self.reference_cache, self.stress = reference, reference_cache, stress or StressOptions()
+        self.reference = None if reference is None else as_spec(reference, "reference")
+        self.reference_cache, self.stress = reference_cache, stress or StressOptions()
         self.anchor_group_size = anchor_group_size
         self._surrogate = partial(clipped_surrogate, clip_low=clip_low, clip_high=clip_high)
         self._reference: ReferencePolicy | None = None  # no module itself: neither trained nor saved

@@ -18,6 +18,7 @@ from aapa_lightning.data.pairs import require_pairs
 from aapa_lightning.errors import COUNT, WEIGHT, ConfigError, DataError, Limit, check_numbers, choose
 from aapa_lightning.export import STALE
 from aapa_lightning.files import whole_folder
+from aapa_lightning.logprobs.inputs import rotary_limit
 from aapa_lightning.loop.classifier import load_classifier
 from aapa_lightning.loop.evaluate import EvalLoader, EvalStep
 from aapa_lightning.loop.loader import WindowLoader, WindowStep
@@ -27,6 +28,7 @@ from aapa_lightning.loop.terms import LossTerm, column_term
 from aapa_lightning.metrics.discrimination import CalibrationError
 from aapa_lightning.modules.parallel import place
 from aapa_lightning.modules.precision import refuse_true_precision, trainer_precision
+from aapa_lightning.modules.specs import as_spec
 from aapa_lightning.modules.windowed import Records, WindowedModule
 from aapa_lightning.objectives.ranking import RANKINGS, ranking_loss
 from aapa_lightning.policy import PolicySpec
@@ -138,7 +140,7 @@ class RewardModelModule(WindowedModule):
         super().__init__(**kwargs)
         choose(OVERLONG, overlong, "overlong")
         choose(RANKINGS, golden_loss, "golden_loss")
-        self.base, self.overlong, self.eval_batch_size = base, overlong, eval_batch_size
+        self.base, self.overlong, self.eval_batch_size = as_spec(base, "base"), overlong, eval_batch_size
         self.batch_size, self.golden_batch_size = batch_size, golden_batch_size
         self.human_weight, self.golden_weight, self.golden_loss = human_weight, golden_weight, golden_loss
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -155,7 +157,8 @@ class RewardModelModule(WindowedModule):
             return
         refuse_true_precision(trainer_precision(self))
         self.model, self.tokenizer = load_classifier(self.base, trainer_precision(self))
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        known = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None), rotary_limit(self.model))
+        positions = min((limit for limit in known if limit is not None), default=None)  # `dynamic` and `longrope` change beyond theirs
         if positions is not None and self._settings["max_tokens"] > positions:
             raise ConfigError(
                 f"max_tokens: expected at most the {positions} positions of the model, found {self._settings['max_tokens']}; lower it, and "

@@ -41,6 +41,7 @@ class SFTModule(PolicyModule):
 
     needs_experts = "SFT imitates expert responses"
     trains_on_rewards = False
+    full_rate = 1e-5
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from aapa_lightning.modules.limits import WINDOWED, check_optimizer_numbers, che
 from aapa_lightning.modules.meter import StepMeter
 from aapa_lightning.modules.optimizing import OptimizerResume
 from aapa_lightning.modules.parallel import engine_of, prepare_engine, sum_over_ranks
+from aapa_lightning.modules.precision import allow_clipping
 from aapa_lightning.modules.skipping import SkipCounter, all_finite, gradient_norm
 from aapa_lightning.modules.term_norms import TermNorms
 from aapa_lightning.seeds import seed_everything
@@ -136,6 +137,7 @@ class WindowedModule(RemembersArguments):
         with users_code("model: lr_scheduler"):
             scheduler = self._optimizer.made(optimizer, self.lr_scheduler)
         check_optimizer_numbers(optimizer)
+        allow_clipping(optimizer, self.trainer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # Data ----------------------------------------------------------------------------------------------------------------------------

@@ -77,6 +77,10 @@ class RolloutEngine(ABC):
         """Raise ConfigError where the engine could not follow a policy in training; called before the first step."""
         return
 
+    def check_lengths(self, prompt: int, response: int) -> None:
+        """Raise ConfigError where the engine could not draw rows of so many prompt and response tokens; called before the first step."""
+        return
+
     def forget(self) -> None:
         """Take the weights anew at the next ``sync``, whatever its step: they are exchanged for a validation (averaged ones), or back."""
         return

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from aapa_lightning.errors import ConfigError
-from aapa_lightning.logprobs.head import causal_model
-from aapa_lightning.logprobs.inputs import learned_positions
+from aapa_lightning.logprobs.head import causal_model, vocabulary
+from aapa_lightning.logprobs.inputs import forget_lengths, learned_positions, padded_inputs, rotary_limit
+from aapa_lightning.logprobs.padding import sees_padding
 from aapa_lightning.rollout.base import RolloutEngine, RolloutRequest, SamplingParams
 from aapa_lightning.rollout.collate import Response, collate
 from aapa_lightning.rollout.lockstep import can_gather, max_over_ranks
@@ -72,26 +73,45 @@ class EmbeddedEngine(RolloutEngine):
         """Draw responses; see ``RolloutEngine.generate``.
 
         Raises:
-            ConfigError: a prompt and its response may need more positions than the model has learned.
+            ConfigError: a prompt and its response may need more positions than the model has learned, or than it turns alike.
         """
         self._check_positions(requests, params)
         rows = [(request, sample) for request in requests for sample in range(request.samples)]
         keys = row_keys(seed, window, [(request.slot, sample) for request, sample in rows]).to(self.model.device)
         lockstep = is_sharded(self.model) and not (self.gather and can_gather(self.model))
-        parts = [slice(start, start + (self.max_rows or len(rows))) for start in range(0, len(rows), self.max_rows or len(rows) or 1)]
-        # agreed on before the first of them: ranks that ask in the middle would wait for those that draw
-        turns = max_over_ranks(len(parts), self.model.device) if lockstep else len(parts)
-        responses: list[Response] = []
+        responses: dict[int, Response] = {}
         with nullcontext() if lockstep else gathered_parameters(self.model), generation_mode(self.model):
+            parts = self._parts([len(request.prompt_ids) for request, _ in rows])
+            # agreed on before the first of them: ranks that ask in the middle would wait for those that draw
+            turns = max_over_ranks(len(parts), self.model.device) if lockstep else len(parts)
             for part in parts:
                 # requests are told apart by themselves: two may have equal slots
-                chosen = {id(request): request for request, _ in rows[part]}
+                chosen = {id(rows[i][0]): rows[i][0] for i in part}
                 place = {key: i for i, key in enumerate(chosen)}
                 prompts = [list(request.prompt_ids) for request in chosen.values()]
-                owners = [place[id(request)] for request, _ in rows[part]]
-                responses += _responses(self.draw(prompts, owners, keys[part], params, lockstep=lockstep))
+                owners = [place[id(rows[i][0])] for i in part]
+                drawn = self.draw(prompts, owners, keys[torch.tensor(part, device=keys.device)], params, lockstep=lockstep)
+                responses |= zip(part, _responses(drawn), strict=True)
             self._keep_company(turns - len(parts), params)
-        return collate([request for request, _ in rows], responses, self.tokenizer, self.model.device)
+        return collate([request for request, _ in rows], [responses[i] for i in range(len(rows))], self.tokenizer, self.model.device)
+
+    def _parts(self, lengths: list[int]) -> list[list[int]]:
+        """Rows that are drawn together: as many as may be, of one length where the model sees padding."""
+        inner, device = causal_model(self.model), self.model.device
+        forget_lengths(inner)  # rotary positions of a longer row that was scored
+
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            logits: Tensor = self.model(**padded_inputs(self.model, ids, mask)).logits
+            return logits
+
+        # ranks of a sharded model try it together, whatever their prompts
+        ragged = len(set(lengths)) > 1 or is_sharded(self.model)
+        apart = ragged and sees_padding(self.model, read, vocabulary(inner) or len(self.tokenizer), device, "left")
+        groups: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            groups.setdefault(length if apart else 0, []).append(i)
+        most = self.max_rows or max(len(lengths), 1)
+        return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
     def _keep_company(self, turns: int, params: SamplingParams) -> None:
         """Run the model while another rank has rows."""
@@ -99,8 +119,22 @@ class EmbeddedEngine(RolloutEngine):
             key = torch.zeros(1, dtype=torch.int64, device=self.model.device)
             self.draw([[self.tokenizer.pad_token_id]], [0], key, params, lockstep=True)
 
+    def check_lengths(self, prompt: int, response: int) -> None:
+        """Raise ConfigError where rotary positions that change with length would turn within a row that is being drawn.
+
+        Keys in the cache would keep the turn of shorter rows, which no forward pass over a whole row has.
+        """
+        limit = rotary_limit(causal_model(self.model))
+        if limit is not None and prompt + response > limit:
+            raise ConfigError(
+                f"sampling.max_new_tokens: expected a prompt and its response within {limit} tokens, beyond which the rotary positions of "
+                f"{type(causal_model(self.model)).__name__} change with length (`dynamic`, `longrope`), found up to {prompt} + {response}; "
+                "lower it, or prompt_format.max_prompt_tokens"
+            )
+
     def _check_positions(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> None:
         longest = max((len(request.prompt_ids) for request in requests), default=0)
+        self.check_lengths(longest, params.max_new_tokens)
         limit = learned_positions(causal_model(self.model))
         if limit is not None and longest + params.max_new_tokens > limit:
             raise ConfigError(

@@ -39,6 +39,10 @@ class ReplicaEngine(RolloutEngine):
         if is_sharded(self._source) or shard_units(self._source):  # gathered for the moment, or not
             raise ConfigError("engine: replica needs whole weights on every rank, found shards; use vllm or a vLLM server")
 
+    def check_lengths(self, prompt: int, response: int) -> None:
+        """See ``EmbeddedEngine.check_lengths``."""
+        TransformersEngine(self._source, self._tokenizer, self._eos_ids).check_lengths(prompt, response)
+
     @torch.no_grad()
     def sync(self, step: int) -> None:
         """Copy the policy's weights, whatever the step: they may have been exchanged within it, for a validation.

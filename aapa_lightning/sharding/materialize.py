@@ -6,7 +6,7 @@ adapters, files that transformers converts) rank 0 loads the model as ever and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def fill_model(model: nn.Module, device: torch.device, *, folder: str | None, re
         load: the whole model on the CPU; called on rank 0, and only where the files will not do.
 
     Raises:
-        ConfigError: ``load`` refuses, on rank 0; the others raise what it said.
+        ConfigError: ``load`` refuses, or tied weights differ, on rank 0; the others raise what it said.
     """
     tensors = _materialize(model, device)
     whole, refusal = None, None
@@ -56,6 +56,8 @@ def fill_model(model: nn.Module, device: torch.device, *, folder: str | None, re
         try:
             if folder is None or not _covers(_files(folder, revision), tensors):
                 whole = load().state_dict()
+                for _, names in tensors.values():
+                    _check_tied(names, whole[names[0]], [whole[name] for name in names[1:]])
         except AapaError as error:
             refusal = error
     said: list[Any] = [whole is None, refusal and str(refusal)]
@@ -116,10 +118,22 @@ def _open(path: Path) -> Any:
 def _covers(files: dict[str, Path], tensors: dict[int, tuple[Tensor, list[str]]]) -> bool:
     opened = {path: _open(path) for path in set(files.values())}
     for value, names in tensors.values():
-        name = next((name for name in names if name in files), None)
-        if name is None or opened[files[name]].get_slice(name).get_shape() != list(value.shape):
+        held = [name for name in names if name in files]
+        if not held or opened[files[held[0]]].get_slice(held[0]).get_shape() != list(value.shape):
             return False
+        first, *others = (opened[files[name]].get_tensor(name) for name in held) if len(held) > 1 else (None,)
+        _check_tied(held, first, others)
     return True
+
+
+def _check_tied(names: Sequence[str], first: Tensor | None, others: Sequence[Tensor]) -> None:
+    """Refuse weights that the model shares between layers and that are not one. Raises ConfigError."""
+    for name, other in zip(names[1:], others, strict=True):
+        if first is None or not torch.equal(first, other):
+            raise ConfigError(
+                f"policy.model: the config ties {names[0]} and {name}, and the files hold other weights for each, one of which would be "
+                "lost where the model is sharded; set tie_word_embeddings to false in policy.config"
+            )
 
 
 @torch.no_grad()
