@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help quickstart test test-gpu test-slow lint format clean
+.PHONY: help quickstart test test-gpu test-slow test-faults lint format clean
 
 help:
 	@echo "make quickstart   train SFT, GRPO and anchored GRPO on a synthetic world (CPU, about 4 minutes)"
 	@echo "make test         format, lint and type checks, then the tests"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-slow    the tests that take minutes (AAPA_DATA names the real data)"
+	@echo "make test-faults  200 kills of runs and every kill of the other commands (about half an hour)"
 	@echo "make lint         the checks alone"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make clean        remove caches and .venv; runs/ stays"
@@ -27,6 +28,9 @@ test-gpu: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,ray]'
 	$(BIN)/python -m pytest -q -m slow
+
+test-faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
