@@ -143,7 +143,7 @@ def test_what_is_spelt_like_a_path_is_not_looked_up(tmp_path, monkeypatch, name)
         read_records(name)
 
 
-@pytest.mark.parametrize("data", [b"prompt,expert\na,b\n", b"\x89PNG\r\n", gzip.compress(b"a,b\n")])
+@pytest.mark.parametrize("data", [b"prompt,expert\na,b\n", b"\x89PNG\r\n", gzip.compress(b"a,b\n", mtime=0)])
 def test_files_that_hold_no_json_are_named(tmp_path, data, capsys):
     path = write(tmp_path / "data.csv", data)
     assert main(["data", "check", path]) == 2
