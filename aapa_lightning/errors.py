@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -52,10 +52,22 @@ class MissingDependencyError(AapaError):
 
 def users_cause(error: BaseException) -> BaseException:
     """The first of these errors that ``error`` was raised from, however deep; ``error`` itself when there is none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, AapaError):
-        cause = cause.__cause__
-    return cause or error
+    return next((cause for cause in causes(error) if isinstance(cause, AapaError)), error)
+
+
+def causes(error: BaseException, *, context: bool = False) -> Iterator[BaseException]:
+    """Yield ``error`` and what it was raised from, each once, since a chain of exceptions can close in a circle.
+
+    Args:
+        error: what was raised.
+        context: follow also what was being handled when an error of the chain was raised.
+    """
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or (following.__context__ if context else None)
 
 
 def choose(options: Mapping[str, T], name: str, option: str) -> T:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aapa_lightning.errors import AapaError, ConfigError
+from aapa_lightning.errors import AapaError, ConfigError, causes
 
 #: What the system refuses for reasons that lie outside this program.
 _OUTSIDE = {
@@ -24,6 +24,7 @@ _OUTSIDE = {
     errno.ENOTDIR: "a part of the path is a file, expected a folder; name another one",
     errno.EEXIST: "a file lies there, expected a folder; name another one",
     errno.EISDIR: "a folder lies there, expected a file; name another one",
+    errno.EBUSY: "the system uses it, as it does a current folder or a mount; name another one",
     errno.ENOENT: "its folder cannot be made, or was removed meanwhile; name another one, or start again",
     errno.ELOOP: "the path leads through links in a circle; name another one",
     errno.EIO: "the disk reports an error; look at the system's log",
@@ -75,12 +76,10 @@ def refusal(error: BaseException, within: Path | None = None) -> OSError | None:
         error: what was raised.
         within: leave out errors that name a file outside this folder.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error, context=True):
         found = seen if isinstance(seen, OSError) else _in_words(str(seen))
         if found is not None and found.errno in _OUTSIDE and _lies_in(found.filename, within):
             return found
-        seen = seen.__cause__ or seen.__context__
     return None
 
 

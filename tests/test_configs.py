@@ -140,8 +140,7 @@ def test_the_anchor_goes_with_every_objective(name, build_cli):
     assert not anchors(bare)
     assert [anchor.discriminator for anchor in anchors(anchored)] == ["runs/discriminator/export"]
     assert type(anchored.model) is type(bare.model)
-    module = "preference" if name in ("dpo", "gapo") else name
-    assert (str(bare.run_dir), str(anchored.run_dir)) == (f"runs/{module}", f"runs/aapa-{module}")
+    assert (str(bare.run_dir), str(anchored.run_dir)) == (f"runs/{name}", f"runs/aapa-{name}")
 
 
 def test_the_anchor_keeps_the_callbacks_of_the_other_file(build_cli):

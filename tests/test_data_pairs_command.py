@@ -193,7 +193,10 @@ def test_split_and_disjoint(aapa):
         ((*PAIRS, "--chosen", "best", "--score", "reward", "--margin", "100"), "prompts.jsonl: not one pair; prompts: 3;"),
         ((*PAIRS[:-1], "pairs.txt", "--chosen", "experts"), "--out pairs.txt: expected a name that ends with .jsonl"),
         ((*PAIRS[:-1], "samples.jsonl", "--chosen", "experts"), "--out samples.jsonl is the file of --responses, which would be lost"),
-        ((*PAIRS[:-1], "prompts.jsonl/x.jsonl", "--chosen", "experts"), "--out prompts.jsonl/x.jsonl: cannot be written"),
+        (
+            (*PAIRS[:-1], "prompts.jsonl/x.jsonl", "--chosen", "experts"),
+            "cannot write prompts.jsonl/x.jsonl: a file lies there, expected a folder",
+        ),
         ((*PAIRS, "--chosen", "experts", "--responses", "none.jsonl"), "cannot read none.jsonl"),
         ((*BEST, "--score", "reward", "--column", "prompt"), "--column: expected FIELD=NAME"),
         (

@@ -145,7 +145,9 @@ def test_verdicts_never_replace_what_they_were_read_from(evaluate, tmp_path, cap
 @pytest.mark.parametrize("out", [".", "prompts.jsonl/verdicts.jsonl", "v" * 300])
 def test_verdicts_that_cannot_be_written(evaluate, tmp_path, capsys, out):
     assert evaluate("--out", out) == 2
-    assert f"--out {out}: cannot be written" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cannot write" in error
+    assert out[:100] in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "responses.jsonl"]
 
 

@@ -215,8 +215,8 @@ def test_a_response_that_is_its_own_reference_is_spoken_of(score, tmp_path, caps
     [
         (["--out", "out.csv"], ".jsonl or .parquet"),
         (["--out", "."], ".jsonl or .parquet"),
-        (["--out", "prompts.jsonl/out.jsonl"], "out.jsonl: cannot be written"),
-        (["--out", "v" * 300 + ".jsonl"], "cannot be written"),
+        (["--out", "prompts.jsonl/out.jsonl"], "cannot write prompts.jsonl/out.jsonl: "),
+        (["--out", "v" * 300 + ".jsonl"], "the name is too long"),
         (["--out", "responses.jsonl", "--resume"], "is the file of --responses, which would be lost"),
         (["--batch-size", "0"], "--batch-size"),
         (["--tau", "0"], "tau"),

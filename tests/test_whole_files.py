@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from aapa_lightning import files, system
-from aapa_lightning.errors import ConfigError
+from aapa_lightning.errors import ConfigError, causes, users_cause
 from aapa_lightning.files import atomic_write, replace_folder, sweep, whole_folder, write_text
 
 WRITE = {
@@ -244,3 +244,11 @@ def test_an_error_that_names_another_file_passes(tmp_path):
 
     with pytest.raises(PermissionError):
         save()
+
+
+def test_errors_that_name_each_other_as_their_cause_end():
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__context__ = second, first
+    assert list(causes(first, context=True)) == [first, second]
+    assert system.refusal(first) is None
+    assert users_cause(first) is first

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Self
 from aapa_lightning.documents import parse_json
 from aapa_lightning.errors import ConfigError
 from aapa_lightning.files import atomic_write, write_json
+from aapa_lightning.system import writing
 
 _GROUP = 1000  # rows of a Parquet row group
 
@@ -147,15 +147,6 @@ def check_not_input(out: str, **inputs: str | None) -> None:
         for name, given in inputs.items():
             if given and os.path.exists(given) and os.path.exists(out) and os.path.samefile(given, out):
                 raise ConfigError(f"--out {out} is the file of --{name}, which would be lost; name another --out")
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Turn the system's refusal to write an output file into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error}); name a file in a folder that can be") from error
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

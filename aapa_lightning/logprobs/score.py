@@ -55,7 +55,7 @@ def apart(model: nn.Module, attention_mask: Tensor, sides: tuple[Side, ...]) -> 
     size = vocabulary(causal_model(model)) or _SMALL
 
     def read(ids: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = model(**padded_inputs(model, ids, mask)).logits
+        logits: Tensor = model(**padded_inputs(model, ids, mask, ids.shape[1])).logits  # called as for scores
         return logits
 
     return rows_apart(model, attention_mask, sides, lambda side: sees_padding(model, read, size, device, side))

@@ -68,7 +68,7 @@ class TextReward(Reward):
         self.seen: list[tuple[str, str]] = []
 
     def __call__(self, responses, records):
-        self.seen += [(str(record.prompt), text) for text, record in zip(responses, records, strict=True)]
+        self.seen += [(str(record.prompt), str(text)) for text, record in zip(responses, records, strict=True)]
         return [(sum(map(ord, text)) % 17) / 17 for text in responses]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
+from aapa_lightning.chat_templates import CHATML
 from aapa_lightning.data.datamodule import AapaDataModule
 from aapa_lightning.data.encode import PromptFormat, encode_demonstration, encode_prompt
 from aapa_lightning.errors import ConfigError, DataError
@@ -210,12 +211,16 @@ def test_what_is_too_long_can_be_left_out(build, trainer) -> None:
     assert figures == pytest.approx({f"test/{name}": value for name, value in expected.items()}, rel=1e-5)
 
 
-def test_a_malformed_expert_is_found_before_anything_is_generated(build, trainer, tiny_tokenizer, monkeypatch) -> None:
+def test_an_expert_that_the_template_refuses_is_found_before_anything_is_generated(build, trainer, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(TransformersEngine, "generate", None)
-    records = [*RECORDS, Record("abc", (f"a{tiny_tokenizer.eos_token}b",), source="data.jsonl:6")]
+    template = tmp_path / "strict.jinja"
+    template.write_text("{%- for turn in messages if 'forbidden' in turn.content %}{{ raise_exception('no') }}{%- endfor %}" + CHATML)
+    records = [*RECORDS, Record("abc", ("forbidden",), source="data.jsonl:6")]
     for overlong in ("drop", "error"):
-        with pytest.raises(DataError, match=r"data\.jsonl:6: the expert response holds the end-of-sequence token"):
-            trainer().test(build(prompt_format=PromptFormat(overlong=overlong)), AapaDataModule(test=records), verbose=False)
+        module = build(prompt_format=PromptFormat(overlong=overlong))
+        module.policy = replace(module.policy, chat_template=str(template))
+        with pytest.raises(DataError, match=r"data\.jsonl:6: the chat template refuses the turns"):
+            trainer().test(module, AapaDataModule(test=records), verbose=False)
 
 
 def test_earlier_turns_are_no_part_of_the_experts_response(build, trainer) -> None:
