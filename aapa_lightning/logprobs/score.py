@@ -51,11 +51,12 @@ def apart(model: nn.Module, attention_mask: Tensor, sides: tuple[Side, ...]) -> 
     Raises:
         ConfigError: see ``rows_apart``.
     """
-    device = attention_mask.device
-    size = vocabulary(causal_model(model)) or _SMALL
+    device, inner = attention_mask.device, causal_model(model)
+    size = vocabulary(inner) or _SMALL
 
     def read(ids: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = model(**padded_inputs(model, ids, mask, ids.shape[1])).logits  # called as for scores
+        # called as for scores, but not through DDP: its forward sends buffers to other ranks, which may have nothing to try
+        logits: Tensor = inner(**padded_inputs(inner, ids, mask, ids.shape[1])).logits
         return logits
 
     return rows_apart(model, attention_mask, sides, lambda side: sees_padding(model, read, size, device, side))

@@ -266,7 +266,8 @@ class PolicyModule(DrawsAhead):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See ``WindowedModule``; also refuse to train on with other parts frozen, for which the optimiser's state is none."""
         frozen = checkpoint.get("aapa", {}).get("policy", {}).get("freeze", [])
-        if self.trainer.training and frozen != list(self.policy.freeze):
+        training = self._trainer is not None and self._trainer.training  # without a trainer weights alone are read
+        if training and frozen != list(self.policy.freeze):
             raise ConfigError(
                 f"resume: policy.freeze was {frozen}, found {list(self.policy.freeze)}; use the old one, or start from an export"
             )

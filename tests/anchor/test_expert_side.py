@@ -126,6 +126,7 @@ def test_a_classifier_keeps_to_both_budgets(tmp_path, tiny_tokenizer):
     rows = [Record(f"{i}") for i in range(len(texts))]
     spans = segment_texts(texts, Segmenter(whole_response=True))
     judge = SequenceClassifierDiscriminator(path, batch_size=3, batch_tokens=60)
+    judge.score(texts, rows, spans)  # the first call tries whether the model sees padding
     shapes = []
     judge.model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     found = judge.score(texts, rows, spans)

@@ -72,7 +72,7 @@ def test_a_fraction_is_held_out_of_training_only() -> None:
     given = attached(RECORDS, val=RECORDS[:1], val_fraction=0.3)
     assert given.train_dataloader()[1] == RECORDS
     assert given.val_dataloader()[1] == RECORDS[:1]
-    with pytest.raises(ConfigError, match=r"val_fraction must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"val_fraction: expected a number in \[0, 1\)"):
         attached(RECORDS, val_fraction=1.0)
 
 

@@ -40,6 +40,9 @@ SCENARIOS = {
     "reward model": ["fit", "--config", "configs/debug/reward_model.yaml", *COMMON],
     "discriminator": ["fit", "--config", "configs/debug/discriminator.yaml", "--trainer.max_epochs=2", *COMMON],
 }
+#: A discriminator's last checkpoint may lie before or after its last validation; weights, optimiser, rows and export are the same.
+COUNTERS = ("/checkpoint//loops", "/checkpoint//epoch", "/checkpoint//epochs/judgement_is_due")
+IGNORED = {"discriminator": COUNTERS}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def campaign(server, folder, scenario: str, kills: int) -> None:
     argv, random_, done = SCENARIOS[scenario], random.Random(scenario), 0
     control = control_run(server, argv, folder / "run")
     while done < kills:
-        trial = run_trial(server, argv, folder / "run", control, random_, kills=min(5, kills - done))
+        trial = run_trial(server, argv, folder / "run", control, random_, min(5, kills - done), IGNORED.get(scenario, ()))
         assert not trial.wrong, f"{scenario}, killed at {trial.kills}: {trial.wrong}"
         done += len(trial.kills)
         shutil.rmtree(folder / "run")

@@ -139,7 +139,7 @@ def test_the_norm_of_the_sum_is_within_the_sum_of_norms(kit, spec):
     assert alone["train/grad_norms/sft"] == pytest.approx(alone["train/grad_norm"], rel=1e-5)
     assert alone["train/grad_norms/policy"] == 0
     assert half["train/grad_norms/policy"] == pytest.approx(0.5 * whole["train/grad_norms/policy"], rel=1e-5)
-    total, imitation, policy = (whole[f"train/grad_norm{part}"] for part in ("", "/sft", "/policy"))
+    total, imitation, policy = (whole[f"train/grad_norm{part}"] for part in ("", "s/sft", "s/policy"))
     assert abs(imitation - policy) < total < imitation + policy
 
 
