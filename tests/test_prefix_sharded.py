@@ -1,5 +1,7 @@
 """Prompts read once under DDP and FSDP2 on two ranks, one of them with prompts of one token: values and gradients of whole rows."""
 
+from functools import partial
+
 import torch
 from ranks import run_ranks
 
@@ -48,7 +50,7 @@ def work():
             shared, shared_grads, many = run(mode, backend, rank, 3)
             assert many > few, (mode, backend)
             for i, (found, expected) in enumerate(zip([*shared, *shared_grads], [*values, *grads], strict=True)):
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=lambda text, i=i: f"{mode} {backend} {i}: {text}")
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=partial("{} {} {}: {}".format, mode, backend, i))
     torch.distributed.destroy_process_group()
 
 
