@@ -11,7 +11,7 @@ help:
 	@echo "make test         format, lint and type checks, then the tests"
 	@echo "make test-gpu     the tests that need a CUDA device"
 	@echo "make test-slow    the tests that take minutes (AAPA_DATA names the real data)"
-	@echo "make test-faults  200 kills of runs and every kill of the other commands (about half an hour)"
+	@echo "make test-faults  kills of every run and command, flipped bits (about an hour)"
 	@echo "make lint         the checks alone"
 	@echo "make format       rewrite the code in the house format"
 	@echo "make clean        remove caches and .venv; runs/ stays"
