@@ -77,7 +77,3 @@ def campaign(server, folder, scenario: str, kills: int) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_killed_runs_end_as_if_nothing_had_been(server, tmp_path, scenario):
     campaign(server, tmp_path, scenario, KILLS)
-
-
-def test_a_discriminator_killed_a_few_times_ends_as_if_nothing_had_been(server, tmp_path):
-    campaign(server, tmp_path, "discriminator", 3)
