@@ -130,7 +130,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _account(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
+    """Return what is wrong and where, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -173,7 +173,7 @@ def parse_json(text: str | bytes, where: str, kind: type[AapaError] = ConfigErro
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    """Whether lists and mappings lie in each other more than ``levels`` deep."""
+    """Return whether lists and mappings lie in each other more than ``levels`` deep."""
     layer = [value]
     for _ in range(levels + 1):
         layer = [item for holder in layer for item in _items(holder) if isinstance(item, list | dict)]

@@ -105,7 +105,7 @@ class Limit:
     whole: bool = False
 
     def holds(self, found: Any) -> bool:
-        """Whether a value is a finite number inside the limits; ``True`` and text are none."""
+        """Return whether a value is a finite number inside the limits; ``True`` and text are none."""
         if isinstance(found, bool) or not isinstance(found, Integral if self.whole else Real):
             return False
         value: Any = found

@@ -79,7 +79,7 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _is_left(path: Path) -> bool:
-    """Whether the process that made a lock file has died, as far as its words tell; one that said nothing is given time."""
+    """Return whether the process that made a lock file has died, as far as its words tell; one that said nothing is given time."""
     holder = _holder(path)
     if holder:
         return not _runs(holder)
@@ -133,7 +133,7 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _runs(holder: dict[str, Any]) -> bool:
-    """Whether the process that signed may be alive: of another machine nobody knows."""
+    """Return whether the process that signed may be alive: of another machine nobody knows."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid < 1:
         return False

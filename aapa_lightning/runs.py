@@ -49,7 +49,7 @@ def find_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether the folder has anything but the configuration, an empty log and hidden files, which a run that failed early leaves."""
+    """Return whether the folder has anything but the configuration, an empty log and hidden files, which a run that failed early leaves."""
     return run_dir.is_dir() and any(path.name not in ("config.yaml", "tensorboard") and path.name[0] != "." for path in run_dir.iterdir())
 
 

@@ -88,7 +88,7 @@ def _lies_in(name: Any, folder: Path | None) -> bool:
 
 
 def _in_words(text: str) -> OSError | None:
-    """What a library in Rust, such as safetensors, reports: "No space left on device (os error 28)"."""
+    """Return what a library in Rust, such as safetensors, reports: "No space left on device (os error 28)"."""
     found = re.search(r"\(os error (\d+)\)", text[-1000:])
     return OSError(int(found[1]), "") if found else None
 

@@ -86,7 +86,7 @@ class Thinking:
         return last
 
     def answer(self, text: str, prompt_end: str = "") -> Judged:
-        """What is judged of a response: its answer, or all of it with ``score``."""
+        """Return what is judged of a response: its answer, or all of it with ``score``."""
         if isinstance(text, Judged):
             return text
         return Judged(text if self.score else text[self.start(text, prompt_end) :])

@@ -95,7 +95,7 @@ def compare(saved: str | None, now: str) -> list[str]:
 
 
 def _checked_elsewhere(name: str, now: str) -> bool:
-    """Whether the model is known by its fingerprint: under adapters its folder may have moved."""
+    """Return whether the model is known by its fingerprint: under adapters its folder may have moved."""
     policy = yaml.safe_load(now)["model"].get("init_args", {}).get("policy") or {}
     return name in ("model.init_args.policy.model", "model.init_args.policy.tokenizer") and bool(policy.get("lora"))
 
@@ -116,7 +116,7 @@ def _changes(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any
 
 
 def _is_plain(name: str, *values: Any) -> bool:
-    """Whether values may be printed: text may be a secret, unless it names a class."""
+    """Return whether values may be printed: text may be a secret, unless it names a class."""
     return name.endswith("class_path") or all(value is None or isinstance(value, bool | int | float) for value in values)
 
 

@@ -294,5 +294,5 @@ class AapaCLI(LightningCLI):
 
 
 def first_process() -> bool:
-    """Whether this is the first process of the run: rank 0, or the one that starts the other ranks."""
+    """Return whether this is the first process of the run: rank 0, or the one that starts the other ranks."""
     return not _get_rank() and not int(os.environ.get("NODE_RANK") or 0)

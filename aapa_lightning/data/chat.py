@@ -48,7 +48,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: Promp
 def render_response(
     tokenizer: PreTrainedTokenizerBase, record: Record, expert: str, prompt: str, fmt: PromptFormat, eos_token_id: int
 ) -> str:
-    """What follows the rendered ``prompt``, up to and without the first EOS that the template writes there, marked.
+    """Return what follows the rendered ``prompt``, up to and without the first EOS that the template writes there, marked.
 
     Raises:
         ConfigError: the whole conversation does not begin with the prompt's text, or lacks the response's.

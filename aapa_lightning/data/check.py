@@ -213,7 +213,7 @@ class _Measure:
         return unread_fields(self.tokenizer, record, self.fmt)
 
     def spells(self, record: Record) -> bool:
-        """Whether a text of the record spells a control token."""
+        """Return whether a text of the record spells a control token."""
         if self.tokenizer is None:
             return False
         responses = [text for text in (*record.experts, record.chosen, record.rejected) if text]

@@ -76,7 +76,7 @@ def unmarked(text: str) -> str:
 
 
 def spells_control_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text spells a control token."""
+    """Return whether a text spells a control token."""
     known = _known(tokenizer)
     return bool(known.names) and (any(name in text for name in known.names) or known.folds(tokenizer, text))
 
@@ -175,7 +175,7 @@ class _Known:
     literal: Any = None
 
     def folds(self, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-        """Whether the tokenizer's normaliser makes a control token of other characters, such as full-width ones."""
+        """Return whether the tokenizer's normaliser makes a control token of other characters, such as full-width ones."""
         if not self.folded:
             return False
         normalised = _backend(tokenizer).normalizer.normalize_str(text)

@@ -11,5 +11,5 @@ COUNT = f"a whole number, 0 or more (at most {LARGEST})"
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is ``COUNT``."""
+    """Return whether a value is ``COUNT``."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST

@@ -85,13 +85,13 @@ def _lines(path: str | Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def is_array(path: str | Path, file: io.BufferedReader) -> bool:
-    """Whether a file is one JSON array; only ``.json`` is asked."""
+    """Return whether a file is one JSON array; only ``.json`` is asked."""
     named = Path(str(path).lower().removesuffix(".gz")).suffix == ".json"
     return named and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
 def may_stay_on_disk(path: str | Path) -> bool:
-    """Whether a file's lines can be found again by their place: a plain file of lines."""
+    """Return whether a file's lines can be found again by their place: a plain file of lines."""
     if not Path(path).is_file():
         return False
     try:

@@ -139,7 +139,7 @@ def _open_folder(path: str, split: str) -> Dataset:
 
 
 def loading(path: str, load: Callable[[], T]) -> T:
-    """What ``load`` gives; any error that is not ours becomes a DataError that names the path."""
+    """Return what ``load`` gives; any error that is not ours becomes a DataError that names the path."""
     try:
         return load()
     except DataError:

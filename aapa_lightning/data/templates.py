@@ -25,7 +25,7 @@ ANOTHER = "name another template with policy.chat_template"
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> bool:
-    """Whether prompts go through the tokenizer's chat template. Raises ConfigError when the format demands one that is not there."""
+    """Return whether prompts go through the tokenizer's chat template. Raises ConfigError when the format demands one that is not there."""
     has_one = bool(tokenizer.chat_template)
     if fmt.chat_template == "always" and not has_one:
         raise ConfigError("chat_template is 'always', but the tokenizer has no chat template; use 'auto', or a tokenizer that has one")
@@ -101,7 +101,7 @@ def template_options(tokenizer: PreTrainedTokenizerBase, record: Record, fmt: Pr
 
 
 def template_fields(record: Record) -> list[str]:
-    """What a record holds for chat templates beside roles and texts: other fields of its turns, tools, template options; sorted."""
+    """Return what a record holds for chat templates beside roles and texts: other fields of its turns, tools, template options; sorted."""
     turns = [] if isinstance(record.prompt, str) else list(record.prompt)
     turns += [turn_of(response) for response in (*record.experts, record.chosen, record.rejected) if response is not None]
     weights = {"weight"} & {name for turn in turns for name in turn}
@@ -129,7 +129,7 @@ def require_tool_calls(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Messa
 
 
 def _is_read(tokenizer: PreTrainedTokenizerBase, name: str, turns: Sequence[Message], record: Record, fmt: PromptFormat) -> bool:
-    """Whether the rendering changes, or fails, without a field of the turns or a column of the record."""
+    """Return whether the rendering changes, or fails, without a field of the turns or a column of the record."""
     without = replace(record, extra={key: value for key, value in record.extra.items() if key != name})
     fewer = [cast(Message, {key: value for key, value in turn.items() if key != name}) for turn in turns]
     whole = render(tokenizer, turns, record, fmt, generation_prompt=False)

@@ -34,7 +34,7 @@ _TRIED: WeakKeyDictionary[nn.Module, dict[Side, bool]] = WeakKeyDictionary()
 def sees_padding(
     model: nn.Module, read: Reader, vocabulary: int, device: torch.device, side: Side, pad_token_id: int | None = None
 ) -> bool:
-    """Whether padding on a side changes what a model makes of a row, tried once: three forward passes of a few tokens.
+    """Return whether padding on a side changes what a model makes of a row, tried once: three forward passes of a few tokens.
 
     They run in eval mode, without gradient, and draw no random numbers. What padding changes is measured in shares of what other tokens in
     the row's beginning change. A model that cannot be called with padding at all answers yes.
@@ -82,7 +82,7 @@ def _changes(model: nn.Module, read: Reader, vocabulary: int, device: torch.devi
 
 
 def _own(values: Tensor, length: int, left: bool) -> Tensor:
-    """What belongs to a row's own tokens, ``[1, length, ...]``; a value for the whole row counts for each of them."""
+    """Return what belongs to a row's own tokens, ``[1, length, ...]``; a value for the whole row counts for each of them."""
     if values.dim() < 3:
         return values[:, None].expand(-1, length, *values.shape[1:])
     return values[:, -length:] if left else values[:, :length]
@@ -124,7 +124,7 @@ def rows_apart(model: nn.Module, attention_mask: Tensor, sides: Sequence[Side], 
 
 
 def pads_right(model: nn.Module, read: Reader, device: torch.device, pad_token_id: int | None = None) -> bool:
-    """Whether rows of unequal length may be padded on the right for a model that is no causal language model, or is used as none."""
+    """Return whether rows of unequal length may be padded on the right for a model that is no causal language model, or is used as none."""
     size = int(getattr(text_config(causal_model(model)), "vocab_size", 0) or 32)
     return not sees_padding(model, read, size, device, "right", pad_token_id)
 

@@ -103,7 +103,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def agree(found: Tensor, alone: Tensor, turned: Tensor, *, half: bool) -> bool:
-    """Whether what a trial found is what was expected, measured by what other text before would have changed.
+    """Return whether what a trial found is what was expected, measured by what other text before would have changed.
 
     Args:
         found: read in the way on trial.
@@ -116,7 +116,7 @@ def agree(found: Tensor, alone: Tensor, turned: Tensor, *, half: bool) -> bool:
 
 
 def half_precision(model: nn.Module, device: torch.device) -> bool:
-    """Whether a forward pass of now computes in 16 bits, in part or whole."""
+    """Return whether a forward pass of now computes in 16 bits, in part or whole."""
     half = (torch.bfloat16, torch.float16)
     return torch.is_autocast_enabled(device.type) or any(p.dtype in half for p in model.parameters())
 

@@ -107,7 +107,7 @@ def _build(spec: PolicySpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
 
 def _above(name: str, model: Any) -> bool:
-    """Whether a weight belongs to what lies on a model's body."""
+    """Return whether a weight belongs to what lies on a model's body."""
     return "pooler" in name or not name.startswith(f"{model.base_model_prefix}.")
 
 

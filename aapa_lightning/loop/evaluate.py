@@ -99,7 +99,7 @@ def predicted_rows(rollouts: Rollouts, samples: int, temperature: float, thinkin
 
 
 def is_pair(record: Record) -> bool:
-    """Whether a record has both responses of a pair."""
+    """Return whether a record has both responses of a pair."""
     return record.chosen is not None and record.rejected is not None
 
 

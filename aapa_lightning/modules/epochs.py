@@ -37,7 +37,7 @@ class ResumableEpochs(RemembersArguments):
 
     @abstractmethod
     def training_plan(self) -> dict[str, Any]:
-        """What the order of training follows from: plain values that may not change in the middle of a run."""
+        """Return what the order of training follows from: plain values that may not change in the middle of a run."""
 
     @abstractmethod
     def judge(self) -> dict[str, float]:
@@ -116,7 +116,7 @@ class ResumableEpochs(RemembersArguments):
         self._judged = self.global_step
 
     def _judgement_is_due(self) -> bool:
-        """Whether the validation that follows the last step is still to come."""
+        """Return whether the validation that follows the last step is still to come."""
         loop = self.trainer.fit_loop
         progress: Any = loop.epoch_loop.batch_progress.current
         fetcher = loop._data_fetcher

@@ -120,7 +120,7 @@ def _plain(value: Any, depth: int = 6) -> Any:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What tells an object from others of its class."""
+    """Return what tells an object from others of its class."""
     if isinstance(value, torch.Tensor):
         return [value.tolist()]
     if isinstance(value, partial):

@@ -195,7 +195,7 @@ def _command(command: Any, where: str) -> tuple[str, ...]:
 
 
 def _mapping(holder: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """What a key holds, empty where it is absent. Raises ConfigError for anything but a mapping from names."""
+    """Return what a key holds, empty where it is absent. Raises ConfigError for anything but a mapping from names."""
     value = holder.get(key) or {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{where}: {key}: expected a mapping from names to values, found {value!r}")
@@ -203,7 +203,7 @@ def _mapping(holder: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _list(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """What a key holds, empty where it is absent. Raises ConfigError for anything but a list."""
+    """Return what a key holds, empty where it is absent. Raises ConfigError for anything but a list."""
     value = holder.get(key) or []
     if not isinstance(value, list):
         raise ConfigError(f"{where}: {key}: expected a list, found {value!r}")
@@ -211,7 +211,7 @@ def _list(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _config_text(path: str, where: str) -> str:
-    """What a configuration file says, empty for one that an earlier stage will write; it is read as the stage will read it."""
+    """Return what a configuration file says, empty for one that an earlier stage will write; it is read as the stage will read it."""
     if not Path(path).is_file():
         return ""
     text = read_text(path, f"{where}: config")

@@ -27,7 +27,7 @@ class Reward(ABC):
     score_thinking: ScoreThinking | None = None
 
     def judged(self, responses: Sequence[str]) -> Sequence[str]:
-        """What of each response the reward judges: its answer, or all of it."""
+        """Return what of each response the reward judges: its answer, or all of it."""
         return as_thinking(self.score_thinking or False).answers(responses)
 
     @abstractmethod

@@ -20,7 +20,7 @@ _UNCHANGED = 0.1
 
 
 def takes_weights(engine: RolloutEngine) -> bool:
-    """Whether an engine holds weights that ``sync`` brings up to date, so that they can fail to arrive."""
+    """Return whether an engine holds weights that ``sync`` brings up to date, so that they can fail to arrive."""
     return engine.own_weights or type(engine).sync is not RolloutEngine.sync
 
 

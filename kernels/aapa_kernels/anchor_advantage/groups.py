@@ -45,7 +45,7 @@ def group_statistics(values: Tensor, group_ids: Tensor, mask: Tensor | None = No
 
 
 def equal_within(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether values with this mean and deviation differ by rounding at most: ``std <= 4 eps abs(mean)``, bool like them.
+    """Return whether values with this mean and deviation differ by rounding at most: ``std <= 4 eps abs(mean)``, bool like them.
 
     Args:
         mean: of a group, from ``group_statistics``.
